@@ -1,0 +1,1 @@
+//! The node agent: eBPF, segments, sockets and function processes of a node.

@@ -1,0 +1,1 @@
+//! The aggregator function: receive, fold, send; leaf, middle and top are one and the same.

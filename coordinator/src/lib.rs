@@ -1,0 +1,1 @@
+//! The coordinator of federated jobs: rounds, selection, commits, checkpoints.

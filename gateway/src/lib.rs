@@ -1,0 +1,1 @@
+//! The node gateway: the only network endpoint of a node.

@@ -1,0 +1,1 @@
+//! CloudEvents over HTTP: a borrowed view of the head, content modes, control events.

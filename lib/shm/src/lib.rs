@@ -1,0 +1,1 @@
+//! The object store of a chain: sealed memfd segments, slots with generations, and the ledger.

@@ -1,0 +1,1 @@
+//! The one binary: lifl up, lifl demo, lifl status and every component.
