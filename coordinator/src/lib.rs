@@ -1,1 +1,30 @@
-//! The coordinator of federated jobs: rounds, selection, commits, checkpoints.
+//! The coordinator of federated jobs: which clients train, when a round closes, what is committed and stored.
+//!
+//! ```text
+//!  agent ---- NodeEvent ---> watch ---- Event ---> round::decide (pure, takes `now`)
+//!        <--- Order --------   |   <--- Action ---   |         uses plan, select
+//!  gateway -- FromGateway ->   |                     |
+//!        <--- ToGateway ----   |---> checkpoint      `--> state: jobs, clients, status
+//!                              |---> metrics
+//!  supervisor: config, deposits (the open round), drain
+//! ```
+//!
+//! It moves no payload: updates go from the gateway to the aggregators, the model comes back as a descriptor, is hashed
+//! and written once. All it knows lies in the checkpoint, in the gateway's ledger and in one deposit per job; so it may
+//! die at any time.
+#![forbid(unsafe_code)]
+
+pub mod checkpoint;
+pub mod config;
+mod metrics;
+pub mod plan;
+pub mod round;
+pub mod select;
+pub mod state;
+mod status;
+mod watch;
+
+#[cfg(test)]
+mod tests;
+
+pub use watch::{CoordinatorError, run};

@@ -226,7 +226,7 @@ mod tests {
         assert_eq!(bytes[core::mem::offset_of!(Descriptor, dst)], 2);
         assert_eq!(bytes[core::mem::offset_of!(Descriptor, src)], 20);
         assert_eq!(bytes[core::mem::offset_of!(Descriptor, round)], 17);
-        assert_eq!(d.weight(), 12.5);
+        assert_eq!(d.weight().to_bits(), 12.5f64.to_bits());
     }
 
     #[test]

@@ -27,7 +27,55 @@ pub struct Member {
     pub reserved: u32,
 }
 
-/// What the path counts per member, per CPU in the kernel; times are CLOCK_MONOTONIC nanoseconds.
+/// Members that a node holds at most: the range of [`Member::counter`].
+pub const MAX_MEMBERS: u32 = 4096;
+
+/// Index of the [`Counters`] of sockets that belong to no member.
+pub const STRANGERS: u32 = MAX_MEMBERS;
+
+/// Index, among the members' sockets, of the one that cannot be written to: what is refused goes there.
+pub const REFUSAL: u32 = MAX_MEMBERS;
+
+/// What the kernel program knows of the member at an index.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[repr(C)]
+pub struct Seat {
+    /// [`Member::chain`].
+    pub chain: u32,
+    /// [`Member::role`].
+    pub role: u32,
+    /// Grows with each member that takes the seat, and when one is unregistered: an old [`Identity`] fits no more.
+    pub generation: u32,
+    /// 1 while a member sits here (no `bool`: every bit pattern must be a value).
+    pub live: u32,
+}
+
+/// What the kernel program finds in a socket's own storage; it dies with the socket.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[repr(C)]
+pub struct Identity {
+    /// Index of the [`Seat`].
+    pub index: u32,
+    /// [`Seat::generation`] at registration.
+    pub generation: u32,
+    /// The program's own note on this socket's current write, one of [`write_state`].
+    pub state: u32,
+    /// Explicit, so that no byte of the layout is padding.
+    pub reserved: u32,
+}
+
+/// Values of [`Identity::state`].
+pub mod write_state {
+    /// The next byte begins a write.
+    pub const FRESH: u32 = 0;
+    /// The next descriptor is a later one of a write that began with others.
+    pub const CONTINUES: u32 = 1;
+    /// The kernel holds a part of a descriptor back.
+    pub const CORKED: u32 = 2;
+}
+
+/// What the path counts per member, per CPU in the kernel; times are CLOCK_MONOTONIC_COARSE nanoseconds: exact to a tick (1 to
+/// 10 ms), at a tenth of the price.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[repr(C)]
 pub struct Counters {
@@ -43,7 +91,7 @@ pub struct Counters {
     pub drops: [u64; DropReason::COUNT],
 }
 
-/// Why a descriptor was refused; the sender's `send` fails with `EACCES`.
+/// Why a descriptor was refused.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[repr(u32)]
 pub enum DropReason {
@@ -57,19 +105,21 @@ pub enum DropReason {
     Route = 3,
     /// The receiver's socket took no more.
     Full = 4,
+    /// A write began within a descriptor and went beyond its end: the kernel would lose the rest.
+    Framing = 5,
 }
 
 impl DropReason {
     /// Number of reasons.
-    pub const COUNT: usize = 5;
+    pub const COUNT: usize = 6;
     /// All of them, with the label of the metric.
-    pub const LABELS: [&'static str; Self::COUNT] = ["stranger", "version", "chain", "route", "full"];
+    pub const LABELS: [&'static str; Self::COUNT] = ["stranger", "version", "chain", "route", "full", "framing"];
 }
 
 #[cfg(feature = "user")]
 mod user {
     #![expect(unsafe_code, reason = "aya's Pod is an unsafe trait: a promise about layout")]
-    use super::{Counters, Member, RouteKey};
+    use super::{Counters, Identity, Member, RouteKey, Seat};
 
     // SAFETY: repr(C), integers only, no padding (sizes asserted below).
     unsafe impl aya::Pod for RouteKey {}
@@ -77,7 +127,12 @@ mod user {
     unsafe impl aya::Pod for Member {}
     // SAFETY: as above.
     unsafe impl aya::Pod for Counters {}
+    // SAFETY: as above.
+    unsafe impl aya::Pod for Seat {}
+    // SAFETY: as above.
+    unsafe impl aya::Pod for Identity {}
 }
 
 const _: () = assert!(size_of::<RouteKey>() == 8 && size_of::<Member>() == 16);
+const _: () = assert!(size_of::<Seat>() == 16 && size_of::<Identity>() == 16);
 const _: () = assert!(size_of::<Counters>() == 32 + 8 * DropReason::COUNT);

@@ -1,1 +1,20 @@
 //! Words: Kubernetes kinds, HTTP documents and node messages that more than one component speaks.
+//!
+//! | module | words of |
+//! |---|---|
+//! | [`job`] | the `FederatedJob` and its reading from YAML |
+//! | [`quantity`] | durations (`90s`) and sizes (`500Mi`) |
+//! | [`event`] | the fl-update profile: CloudEvents types and attributes |
+//! | [`http`] | the JSON documents of the gateway |
+//! | [`manifest`] | a model's tensors and where their floats lie in a flat vector |
+//! | [`node`] | what agent, gateway, coordinator and functions say to each other |
+//!
+//! No I/O, no async, no sibling.
+#![forbid(unsafe_code)]
+
+pub mod event;
+pub mod http;
+pub mod job;
+pub mod manifest;
+pub mod node;
+pub mod quantity;

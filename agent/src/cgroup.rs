@@ -1,0 +1,139 @@
+//! A cgroup per function: bounds its memory and its processes, on v1 and on v2.
+//!
+//! Which hierarchy has a controller is found by looking, not by version: machines with both exist (tested: v1 memory and
+//! pids beside a v2 mount without them, kernel 6.18).
+
+use std::{
+    fs, io,
+    path::{Path, PathBuf},
+};
+
+/// Where the functions' groups are made, one folder a hierarchy.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Cgroups {
+    roots: Vec<Root>,
+}
+
+#[derive(Clone, Debug)]
+struct Root {
+    folder: PathBuf,
+    knobs: Vec<(&'static str, Knob)>,
+}
+
+#[derive(Clone, Copy, Debug)]
+enum Knob {
+    Memory,
+    Processes,
+}
+
+/// A function needs one; the second is room for the moment of a fork that it never makes.
+const MAX_PROCESSES: u64 = 8;
+
+// === impl Cgroups ===
+
+impl Cgroups {
+    /// Makes this node's parent group in each hierarchy that can bound memory or processes; none when not permitted.
+    pub(crate) fn new(name: &str) -> Self {
+        let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
+        let mut roots = Vec::new();
+        for (mount, kind, options) in mounts.lines().filter_map(parse_mount) {
+            let knobs = match kind {
+                "cgroup2" => v2_knobs(&mount),
+                "cgroup" => v1_knobs(&options),
+                _ => continue,
+            };
+            let folder = mount.join(name);
+            if !knobs.is_empty() && fs::create_dir_all(&folder).is_ok() {
+                if kind == "cgroup2" {
+                    let _refused_shows_in_apply = fs::write(folder.join("cgroup.subtree_control"), "+memory +pids");
+                }
+                roots.push(Root { folder, knobs });
+            }
+        }
+        Self { roots }
+    }
+
+    /// Puts a process into a group of its own.
+    pub(crate) fn apply(&self, group: &str, pid: i32, memory: u64) -> io::Result<()> {
+        for root in &self.roots {
+            let folder = root.folder.join(group);
+            fs::create_dir_all(&folder)?;
+            for (file, knob) in &root.knobs {
+                let value = match knob {
+                    Knob::Memory => memory,
+                    Knob::Processes => MAX_PROCESSES,
+                };
+                fs::write(folder.join(file), value.to_string())?;
+            }
+            fs::write(folder.join("cgroup.procs"), pid.to_string())?;
+        }
+        Ok(())
+    }
+
+    /// Removes a group whose process has ended.
+    pub(crate) fn remove(&self, group: &str) {
+        for root in &self.roots {
+            let _busy_groups_go_with_the_parent = fs::remove_dir(root.folder.join(group));
+        }
+    }
+
+    /// Removes everything; groups must be empty.
+    pub(crate) fn remove_all(&self) {
+        for root in &self.roots {
+            for entry in fs::read_dir(&root.folder).into_iter().flatten().flatten() {
+                if entry.file_type().is_ok_and(|kind| kind.is_dir()) {
+                    let _busy = fs::remove_dir(entry.path());
+                }
+            }
+            let _busy = fs::remove_dir(&root.folder);
+        }
+    }
+}
+
+/// Mount point, file system and super options of a line of `mountinfo`.
+fn parse_mount(line: &str) -> Option<(PathBuf, &str, String)> {
+    let (left, right) = line.split_once(" - ")?;
+    let mount = left.split(' ').nth(4)?;
+    let mut right = right.split(' ');
+    let kind = right.next()?;
+    let options = right.nth(1)?.to_owned();
+    Some((PathBuf::from(mount), kind, options))
+}
+
+fn v1_knobs(options: &str) -> Vec<(&'static str, Knob)> {
+    options
+        .split(',')
+        .filter_map(|controller| match controller {
+            "memory" => Some(("memory.limit_in_bytes", Knob::Memory)),
+            "pids" => Some(("pids.max", Knob::Processes)),
+            _ => None,
+        })
+        .collect()
+}
+
+fn v2_knobs(mount: &Path) -> Vec<(&'static str, Knob)> {
+    let controllers = fs::read_to_string(mount.join("cgroup.controllers")).unwrap_or_default();
+    controllers
+        .split_whitespace()
+        .filter_map(|controller| match controller {
+            "memory" => Some(("memory.max", Knob::Memory)),
+            "pids" => Some(("pids.max", Knob::Processes)),
+            _ => None,
+        })
+        .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn hierarchies_are_read_from_mountinfo() {
+        let v1 = "35 31 0:32 / /sys/fs/cgroup/memory rw,relatime - cgroup cgroup rw,memory";
+        let (mount, kind, options) = parse_mount(v1).unwrap();
+        assert_eq!((mount.to_str(), kind, v1_knobs(&options).len()), (Some("/sys/fs/cgroup/memory"), "cgroup", 1));
+        let v2 = "41 31 0:38 / /sys/fs/cgroup/unified rw shared:9 - cgroup2 cgroup2 rw,nsdelegate";
+        assert_eq!(parse_mount(v2).unwrap().1, "cgroup2");
+        assert!(parse_mount("nonsense").is_none());
+    }
+}

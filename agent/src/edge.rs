@@ -1,0 +1,299 @@
+//! The agent's loop: what comes from coordinator, gateway and functions, and what it does about it.
+
+mod adopt;
+mod functions;
+mod segments;
+
+use std::{
+    io,
+    os::fd::{AsFd, OwnedFd},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+};
+
+use lifl_api::node::{FromAgent, NodeEvent, Order, ToAgent};
+use lifl_daemon::{Channel, Child, ChildError, Startup};
+use lifl_ebpf::{Path, PathError, PathKind};
+use lifl_ebpf_common::{maps::RouteKey, role};
+use serde::{Serialize, de::DeserializeOwned};
+use tokio::{
+    signal::unix::{SignalKind, signal},
+    sync::mpsc,
+};
+
+use crate::{
+    cgroup::Cgroups,
+    config::Config,
+    metrics,
+    state::{Chain, ChainMeta, GATEWAY_SEAT, State},
+};
+
+/// Deaths of functions within one plan after which the plan is given up.
+const MAX_DEATHS: u32 = 12;
+
+/// Why the agent ended.
+#[derive(Debug, thiserror::Error)]
+pub enum AgentError {
+    /// Its configuration is unreadable.
+    #[error("configuration of the agent: {0}")]
+    Config(#[from] serde_json::Error),
+    /// The supervisor is gone, or a deposit failed.
+    #[error(transparent)]
+    Child(#[from] ChildError),
+    /// The path failed.
+    #[error("descriptor path: {0}")]
+    Path(#[from] PathError),
+    /// A system call failed.
+    #[error("{0}")]
+    Io(#[from] io::Error),
+}
+
+/// What the loop hears.
+#[derive(Debug)]
+enum Event {
+    Peer(String, Channel),
+    Order(Order),
+    /// From the gateway.
+    Gateway(ToAgent, Vec<OwnedFd>),
+    /// From the function on a seat.
+    Function(u32, ToAgent, Vec<OwnedFd>),
+    /// The function on a seat closed its channel: it has ended, or is to.
+    Ended(u32),
+    /// ... and all that it sent is delivered.
+    Drained(u32, String),
+    Drain,
+}
+
+/// The agent at work.
+#[derive(Debug)]
+struct Agent {
+    child: Arc<Child>,
+    config: Config,
+    path: Arc<Path>,
+    state: Arc<Mutex<State>>,
+    cgroups: Cgroups,
+    gateway: Option<Arc<Channel>>,
+    coordinator: Option<Arc<Channel>>,
+    /// The gateway's data socket: end A, given to each of its lives, and end B.
+    gateway_socket: (OwnedFd, OwnedFd),
+    events: mpsc::UnboundedSender<Event>,
+    failpoint: Option<String>,
+}
+
+/// Runs the agent until it is told to drain or its supervisor is gone.
+///
+/// # Errors
+/// [`AgentError`]; the supervisor starts a successor that adopts what runs.
+pub async fn run(child: Child, startup: Startup) -> Result<(), AgentError> {
+    let (events, mut heard) = mpsc::unbounded_channel();
+    let child = Arc::new(child);
+    let mut agent = Agent::begin(child.clone(), startup, events.clone()).await?;
+    tokio::spawn(forward_peers(child.clone(), events.clone()));
+    // Functions that this process started are its children; waiting for them by descriptor needs no handler, but the
+    // default action of SIGCHLD must not be "ignore", or their exit codes would be lost.
+    let _kept = signal(SignalKind::child())?;
+    child.ready().await?;
+    while let Some(event) = heard.recv().await {
+        if matches!(event, Event::Drain) {
+            break;
+        }
+        agent.handle(event).await?;
+    }
+    agent.end();
+    Ok(())
+}
+
+async fn forward_peers(child: Arc<Child>, events: mpsc::UnboundedSender<Event>) {
+    loop {
+        tokio::select! {
+            peer = child.next_peer() => match peer {
+                Some((name, channel)) => drop(events.send(Event::Peer(name, channel))),
+                None => break,
+            },
+            () = child.draining() => break,
+        }
+    }
+    let _agent_ended = events.send(Event::Drain);
+}
+
+/// Hears a channel in a task of its own until it ends.
+fn hear<T: DeserializeOwned + Send + 'static>(
+    channel: Arc<Channel>,
+    events: mpsc::UnboundedSender<Event>,
+    word: impl Fn(T, Vec<OwnedFd>) -> Event + Send + 'static,
+    end: Option<Event>,
+) {
+    tokio::spawn(async move {
+        loop {
+            match channel.recv::<T>().await {
+                Ok(Some((message, fds))) => drop(events.send(word(message, fds))),
+                Ok(None) => break,
+                Err(error) => {
+                    tracing::warn!(%error, "channel");
+                    break;
+                }
+            }
+        }
+        end.map(|end| events.send(end))
+    });
+}
+
+/// Sends, and leaves a failure to the end that the channel's reader will see.
+async fn tell<T: Serialize>(channel: Option<&Arc<Channel>>, message: &T, fds: &[std::os::fd::BorrowedFd<'_>]) {
+    if let Some(channel) = channel
+        && let Err(error) = channel.send(message, fds).await
+    {
+        tracing::debug!(%error, "message not sent");
+    }
+}
+
+// === impl Agent ===
+
+impl Agent {
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn path_name(&self) -> &'static str {
+        match self.path.kind() {
+            PathKind::Ebpf => "ebpf",
+            PathKind::Userspace => "userspace",
+        }
+    }
+
+    /// Loads the path, or goes on in user space and says why.
+    fn load_path(config: &Config) -> Result<Path, AgentError> {
+        if config.userspace {
+            tracing::info!("descriptors go over the userspace router: asked for");
+            return Ok(Path::userspace()?);
+        }
+        match Path::load() {
+            Ok(path) => {
+                tracing::info!("descriptors go over eBPF (sk_msg)");
+                Ok(path)
+            }
+            Err(error) => {
+                tracing::info!(%error, "descriptors go over the userspace router: eBPF cannot be loaded");
+                Ok(Path::userspace()?)
+            }
+        }
+    }
+
+    fn observe(&self) -> Result<(), AgentError> {
+        let (state, path, name) = (self.state.clone(), self.path.clone(), self.path_name());
+        let collector = metrics::Collector::new(state.clone(), path.clone(), name);
+        if let Err(error) = self.child.registry().register(Box::new(collector)) {
+            tracing::error!(%error, "metrics");
+        }
+        self.child
+            .on_status(move || metrics::status(&state.lock().unwrap_or_else(PoisonError::into_inner), &path, name));
+        Ok(())
+    }
+
+    async fn handle(&mut self, event: Event) -> Result<(), AgentError> {
+        match event {
+            Event::Peer(name, channel) => self.meet(&name, channel).await,
+            Event::Order(order) => self.obey(order).await?,
+            Event::Gateway(word, fds) => self.segment_word(None, word, fds).await?,
+            Event::Function(seat, word, fds) => self.function_word(seat, word, fds).await?,
+            Event::Ended(seat) => self.ended(seat),
+            Event::Drained(seat, reason) => self.replace(seat, &reason).await?,
+            Event::Drain => {}
+        }
+        Ok(())
+    }
+
+    /// A sibling (re)started: tells it everything, which it may know already.
+    async fn meet(&mut self, name: &str, channel: Channel) {
+        let channel = Arc::new(channel);
+        match name {
+            "coordinator" => {
+                hear(channel.clone(), self.events.clone(), |order, _| Event::Order(order), None);
+                let hello = NodeEvent::Hello {
+                    shm_limit: self.config.shm_limit,
+                    cores: std::thread::available_parallelism().map_or(1, |n| u32::try_from(n.get()).unwrap_or(1)),
+                    path: self.path_name().to_owned(),
+                    chains: self.state().chains.keys().copied().collect(),
+                };
+                tell(Some(&channel), &hello, &[]).await;
+                self.coordinator = Some(channel);
+                self.report_settled().await;
+            }
+            "gateway" => {
+                hear(channel.clone(), self.events.clone(), Event::Gateway, None);
+                tell(Some(&channel), &FromAgent::DataSocket, &[self.gateway_socket.0.as_fd()]).await;
+                for (word, fd) in self.all_segments() {
+                    tell(Some(&channel), &word, &[fd.as_fd()]).await;
+                }
+                tell(Some(&channel), &FromAgent::Synced { path: self.path_name().to_owned() }, &[]).await;
+                self.gateway = Some(channel);
+            }
+            other => tracing::warn!(name = other, "unknown sibling"),
+        }
+    }
+
+    async fn obey(&mut self, order: Order) -> Result<(), AgentError> {
+        match order {
+            Order::Chain { chain, namespace, job, quota } => {
+                let meta = {
+                    let mut state = self.state();
+                    state.quota.set_chain(chain, quota);
+                    let meta = ChainMeta { namespace, job, quota, next_segment: 1, revision: 0, plan: Vec::new() };
+                    let entry = state.chains.entry(chain).or_insert_with(|| Chain::new(meta));
+                    entry.meta.quota = quota;
+                    entry.meta.clone()
+                };
+                self.child.deposit(&format!("chain/{chain}"), &meta, &[]).await?;
+                self.path.set_route(RouteKey { chain, dst: role::GATEWAY }, GATEWAY_SEAT)?;
+            }
+            Order::Plan { chain, revision, members } => {
+                let meta = {
+                    let mut state = self.state();
+                    let Some(entry) = state.chains.get_mut(&chain) else {
+                        tracing::warn!(chain, "plan for an unknown chain");
+                        return Ok(());
+                    };
+                    entry.meta.revision = revision;
+                    entry.meta.plan = members;
+                    entry.deaths = 0;
+                    entry.meta.clone()
+                };
+                self.child.deposit(&format!("chain/{chain}"), &meta, &[]).await?;
+                self.carry_out(chain).await?;
+                self.report_settled().await;
+            }
+            Order::Remove { chain } => self.remove_chain(chain).await?,
+        }
+        Ok(())
+    }
+
+    /// Tells the coordinator of every plan that is complete; it knows revisions, so repeating is harmless.
+    async fn report_settled(&self) {
+        let settled: Vec<NodeEvent> = {
+            let state = self.state();
+            let done = state.chains.iter().filter(|(_, chain)| chain.meta.revision > 0 && chain.is_settled());
+            done.map(|(id, chain)| NodeEvent::Planned { chain: *id, revision: chain.meta.revision }).collect()
+        };
+        for event in settled {
+            tell(self.coordinator.as_ref(), &event, &[]).await;
+        }
+    }
+
+    /// Ends all functions and removes what the kernel would keep.
+    fn end(&mut self) {
+        let pidfds: Vec<Arc<OwnedFd>> = {
+            let state = self.state();
+            state.chains.values().flat_map(|chain| chain.members.values().map(|member| member.pidfd.clone())).collect()
+        };
+        for pidfd in &pidfds {
+            crate::process::kill(pidfd.as_fd());
+        }
+        for pidfd in &pidfds {
+            crate::process::reap(pidfd);
+            // An adopted function is no child: its descriptor turns readable when it has ended.
+            let fd = rustix::event::PollFd::new(&**pidfd, rustix::event::PollFlags::IN);
+            let _one_second_is_plenty =
+                rustix::event::poll(&mut [fd], Some(&rustix::event::Timespec { tv_sec: 1, tv_nsec: 0 }));
+        }
+        self.cgroups.remove_all();
+    }
+}

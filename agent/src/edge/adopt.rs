@@ -1,0 +1,188 @@
+//! The beginning: a first life makes the path; a later one adopts what the supervisor kept.
+
+use std::{
+    collections::BTreeMap,
+    os::fd::{AsFd, OwnedFd},
+    sync::{Arc, Mutex},
+};
+
+use lifl_api::node::FromAgent;
+use lifl_daemon::{Channel, Child, Deposit, Startup};
+use lifl_ebpf::Path;
+use lifl_ebpf_common::{
+    maps::{ANY_CHAIN, Member as Seat, RouteKey},
+    role,
+};
+use serde::de::DeserializeOwned;
+use tokio::sync::mpsc;
+
+use super::{Agent, AgentError, Event, hear, tell};
+use crate::{
+    cgroup::Cgroups,
+    config::Config,
+    process,
+    state::{Chain, ChainMeta, GATEWAY_SEAT, Member, MemberMeta, Segment, SegmentMeta, State},
+};
+
+const GATEWAY: Seat = Seat { chain: ANY_CHAIN, role: role::GATEWAY, counter: GATEWAY_SEAT, reserved: 0 };
+
+/// What the supervisor kept, sorted.
+#[derive(Default)]
+struct Kept {
+    path: BTreeMap<String, OwnedFd>,
+    gateway_socket: Option<(OwnedFd, OwnedFd)>,
+    chains: Vec<(u32, ChainMeta)>,
+    segments: Vec<(u32, u32, SegmentMeta, Option<OwnedFd>)>,
+    members: Vec<(MemberMeta, OwnedFd, OwnedFd, OwnedFd)>,
+}
+
+// === impl Kept ===
+
+impl Kept {
+    fn sort(deposits: Vec<Deposit>) -> Self {
+        let mut kept = Self::default();
+        for Deposit { key, meta, fds } in deposits {
+            let mut fds = fds.into_iter();
+            let mut parts = key.split('/');
+            let kind = parts.next().unwrap_or_default();
+            let numbers: Vec<u32> = parts.clone().filter_map(|part| part.parse().ok()).collect();
+            match (kind, &numbers[..]) {
+                ("path", _) => kept.path.extend(parts.next().map(str::to_owned).zip(fds.next())),
+                ("gateway-socket", _) => kept.gateway_socket = fds.next().zip(fds.next()),
+                ("chain", [chain]) => kept.chains.extend(read(&key, meta).map(|meta| (*chain, meta))),
+                ("segment", [chain, id]) => {
+                    kept.segments.extend(read(&key, meta).map(|meta| (*chain, *id, meta, fds.next())));
+                }
+                ("member", _) => {
+                    if let (Some(meta), Some(control), Some(near), Some(pidfd)) =
+                        (read(&key, meta), fds.next(), fds.next(), fds.next())
+                    {
+                        kept.members.push((meta, control, near, pidfd));
+                    }
+                }
+                _ => tracing::warn!(key, "unknown deposit"),
+            }
+        }
+        kept
+    }
+}
+
+fn read<T: DeserializeOwned>(key: &str, meta: serde_json::Value) -> Option<T> {
+    serde_json::from_value(meta).map_err(|error| tracing::error!(%error, key, "unreadable deposit")).ok()
+}
+
+// === impl Agent ===
+
+impl Agent {
+    pub(super) async fn begin(
+        child: Arc<Child>,
+        startup: Startup,
+        events: mpsc::UnboundedSender<Event>,
+    ) -> Result<Self, AgentError> {
+        let config: Config = serde_json::from_value(startup.config)?;
+        let mut kept = Kept::sort(startup.restored);
+        let first = kept.gateway_socket.is_none();
+        let path = if kept.path.is_empty() {
+            Self::load_path(&config)?
+        } else {
+            Path::adopt(std::mem::take(&mut kept.path)).map_err(|e| std::io::Error::other(e.to_string()))?
+        };
+        if first {
+            for (name, fd) in path.fds()? {
+                child.deposit(&format!("path/{name}"), &(), &[fd.as_fd()]).await?;
+            }
+        }
+        let in_kernel = path.kind() == lifl_ebpf::PathKind::Ebpf;
+        let gateway_socket = match kept.gateway_socket.take() {
+            Some((socket, near)) => {
+                path.register((!in_kernel).then_some(socket.as_fd()), near.as_fd(), GATEWAY)?;
+                (socket, near)
+            }
+            None => {
+                let (socket, near) = lifl_ebpf::pair()?;
+                path.register(Some(socket.as_fd()), near.as_fd(), GATEWAY)?;
+                child.deposit("gateway-socket", &(), &[socket.as_fd(), near.as_fd()]).await?;
+                (socket, near)
+            }
+        };
+        let supervisor = rustix::process::getppid().map_or(0, |pid| pid.as_raw_nonzero().get());
+        let mut agent = Self {
+            failpoint: config.function_failpoint.clone().filter(|_| startup.first),
+            state: Arc::new(Mutex::new(State::new(config.shm_limit))),
+            cgroups: Cgroups::new(&format!("lifl.{supervisor}")),
+            child,
+            config,
+            path: Arc::new(path),
+            gateway: None,
+            coordinator: None,
+            gateway_socket,
+            events,
+        };
+        agent.observe()?;
+        agent.adopt(kept).await?;
+        Ok(agent)
+    }
+
+    /// Takes back chains, segments and functions; those that were not settled are started anew.
+    async fn adopt(&mut self, kept: Kept) -> Result<(), AgentError> {
+        {
+            let mut state = self.state();
+            for (id, meta) in kept.chains {
+                state.quota.set_chain(id, meta.quota);
+                state.chains.insert(id, Chain::new(meta));
+            }
+            for (chain, id, meta, fd) in kept.segments {
+                state.quota.adopt(chain, meta.bytes);
+                if let Some(entry) = state.chains.get_mut(&chain) {
+                    entry.segments.insert(id, Segment { meta, fd });
+                }
+            }
+            state.note_peak();
+        }
+        for (meta, control, near, pidfd) in kept.members {
+            self.adopt_member(meta, control, near, pidfd).await?;
+        }
+        let chains: Vec<u32> = {
+            let state = self.state();
+            for (id, entry) in &state.chains {
+                self.path.set_route(RouteKey { chain: *id, dst: role::GATEWAY }, GATEWAY_SEAT)?;
+                entry.members.iter().try_for_each(|(role, member)| {
+                    self.path.set_route(RouteKey { chain: *id, dst: *role }, member.meta.seat)
+                })?;
+            }
+            state.chains.keys().copied().collect()
+        };
+        for chain in chains {
+            self.carry_out(chain).await?;
+        }
+        Ok(())
+    }
+
+    async fn adopt_member(
+        &mut self,
+        meta: MemberMeta,
+        control: OwnedFd,
+        near: OwnedFd,
+        pidfd: OwnedFd,
+    ) -> Result<(), AgentError> {
+        let (seat, chain, role) = (meta.seat, meta.chain, meta.config.role);
+        let member = Seat { chain, role, counter: seat, reserved: 0 };
+        // Without a router's end A: the function has it. The kernel path has the socket already.
+        let known = self.path.register(None, near.as_fd(), member);
+        if !meta.settled || known.is_err() {
+            tracing::info!(chain, role, "function was being set up when the agent died: started anew");
+            process::kill(pidfd.as_fd());
+            let _not_registered = self.path.unregister(seat);
+            self.child.remove(&format!("member/{seat}")).await?;
+            return self.orphan(chain, seat).await;
+        }
+        let channel = Arc::new(Channel::new(control)?);
+        let member = Member { meta, channel: channel.clone(), pidfd: Arc::new(pidfd), socket: None, last_words: None };
+        if let Some(entry) = self.state().chains.get_mut(&chain) {
+            entry.members.insert(role, member);
+        }
+        tell(Some(&channel), &FromAgent::Adopted, &[]).await;
+        hear(channel, self.events.clone(), move |word, fds| Event::Function(seat, word, fds), Some(Event::Ended(seat)));
+        Ok(())
+    }
+}

@@ -1,0 +1,500 @@
+//! What the coordinator knows: jobs, their clients, the round under way. No await.
+
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
+
+use lifl_api::{
+    event::MetricsData,
+    job::FederatedJob,
+    node::{ChainState, ReceiptEntry},
+};
+use serde::{Deserialize, Serialize};
+use serde_json::{Value, json};
+
+use crate::{
+    plan::{Plan, Refusal, Shape},
+    status,
+};
+
+/// Rounds that the status shows.
+const HISTORY: usize = 100;
+
+/// All jobs.
+#[derive(Debug, Default)]
+pub struct Jobs {
+    jobs: Vec<JobState>,
+    by_chain: BTreeMap<u32, usize>,
+}
+
+/// One job.
+#[derive(Debug)]
+#[expect(clippy::struct_excessive_bools, reason = "facts about three independent peers, not a state machine")]
+pub struct JobState {
+    pub(crate) path: String,
+    pub(crate) document: FederatedJob,
+    pub(crate) join_secret: Option<String>,
+    pub(crate) token_key: String,
+    /// Milliseconds of quiet after a join before a round opens with fewer than it could select.
+    pub(crate) gathering: i64,
+    pub(crate) chain: Option<u32>,
+    /// Another job has its name: nothing may be said of it to the gateway.
+    pub(crate) mute: bool,
+    pub(crate) shape: Option<Shape>,
+    pub(crate) model: Option<Model>,
+    pub(crate) committed: u32,
+    pub(crate) node: Option<Node>,
+    pub(crate) agent: bool,
+    pub(crate) gateway: bool,
+    /// The gateway of this connection has the model.
+    pub(crate) served: bool,
+    /// Where the gateway stood when it was first heard of.
+    pub(crate) ledger: Option<ChainState>,
+    /// The round of an earlier life of the coordinator.
+    pub(crate) saved: Option<SavedRound>,
+    pub(crate) plan: Planning,
+    pub(crate) phase: Phase,
+    pub(crate) round: Option<Round>,
+    pub(crate) clients: Clients,
+    pub(crate) figures: Figures,
+    /// Why the job ends after the round under way.
+    pub(crate) finishing: Option<String>,
+    pub(crate) history: VecDeque<RoundSummary>,
+    pub(crate) members_died: u32,
+    /// The status changed since the gateway was told.
+    pub(crate) dirty: bool,
+}
+
+/// Where a job stands.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Phase {
+    /// Waits for agent and gateway.
+    Pending,
+    /// Waits for its aggregators.
+    Planning,
+    /// Waits for enough clients.
+    Gathering,
+    /// Clients train and send.
+    Open,
+    /// No update is accepted any more; the model is being made.
+    Closing,
+    /// The model is being stored.
+    Committing,
+    /// All rounds are committed, or the stop condition is met.
+    Succeeded,
+    /// It cannot go on.
+    Failed,
+}
+
+/// What a job begins with: its checkpoint, read.
+#[derive(Debug, Default)]
+pub struct Loaded {
+    /// Key of the job's tokens.
+    pub token_key: String,
+    /// Chain of an earlier life.
+    pub chain: Option<u32>,
+    /// The model to go on with: of the last committed round, or the initial one; `None`: the first client's.
+    pub model: Option<(Model, Shape)>,
+    /// Committed rounds, ascending.
+    pub history: Vec<RoundSummary>,
+    /// What was wrong with newer rounds.
+    pub warning: Option<String>,
+    /// Deposit of an earlier life.
+    pub saved: Option<SavedRound>,
+}
+
+/// The global model.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Model {
+    /// Round that made it; 0 is the initial model.
+    pub round: u32,
+    /// Lower-case hex.
+    pub sha256: String,
+    /// Length of the file, bytes.
+    pub length: u64,
+    /// Where it is kept.
+    pub uri: String,
+}
+
+/// What the agent said of its node.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Node {
+    /// Shared memory of this job, bytes.
+    pub quota: u64,
+    /// Processors.
+    pub cores: u32,
+}
+
+/// The aggregators wished for, and how far the agent is.
+#[derive(Debug, Default)]
+pub(crate) struct Planning {
+    pub(crate) plan: Option<Plan>,
+    pub(crate) revision: u64,
+    pub(crate) state: PlanState,
+    pub(crate) failures: u32,
+}
+
+/// How far the agent is with a plan.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) enum PlanState {
+    /// Not sent to this agent.
+    #[default]
+    Wanted,
+    /// Not answered.
+    Sent,
+    /// All members run.
+    Done,
+    /// Sent again at this time.
+    Failed(i64),
+}
+
+/// The round under way.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Round {
+    pub(crate) number: u32,
+    pub(crate) opened_at: i64,
+    pub(crate) deadline: i64,
+    pub(crate) selected: BTreeSet<String>,
+    pub(crate) admitted: u32,
+    /// Its first deadline passed with too few updates: closes as soon as there are enough.
+    pub(crate) overdue: bool,
+    /// It is not known who was selected: everyone alive may send.
+    pub(crate) everyone: bool,
+    /// Updates in it, once the gateway has closed it.
+    pub(crate) closed: Option<u32>,
+    pub(crate) done: Option<Done>,
+    /// When the aggregators are started afresh if no model came.
+    pub(crate) watchdog: i64,
+    pub(crate) patience: i64,
+    pub(crate) rejections: u32,
+    pub(crate) failures: u32,
+    /// When a failed checkpoint is tried again; `None`: it is being written.
+    pub(crate) retry_at: Option<i64>,
+}
+
+/// The gateway's word that a round's model is sealed.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Done {
+    /// Round.
+    pub round: u32,
+    /// Updates in it.
+    pub count: u32,
+    /// Sum of their weights.
+    pub weight: f64,
+    /// Length of the file, bytes.
+    pub length: u64,
+    /// Every update in it.
+    pub receipt: Vec<ReceiptEntry>,
+}
+
+/// What the supervisor keeps of the open round for the coordinator's next life.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct SavedRound {
+    /// Round.
+    pub number: u32,
+    /// Milliseconds since the Unix epoch.
+    pub opened_at: i64,
+    /// Milliseconds since the Unix epoch.
+    pub deadline: i64,
+    /// It was extended.
+    pub overdue: bool,
+    /// Clients whose updates are accepted.
+    pub selected: BTreeSet<String>,
+    /// How often each client was selected.
+    pub picked: BTreeMap<String, u32>,
+    /// Why the job ends after it.
+    pub finishing: Option<String>,
+}
+
+/// A committed round, for the status.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct RoundSummary {
+    /// Round.
+    pub round: u32,
+    /// Updates in it.
+    pub count: u32,
+    /// Sum of their weights.
+    pub weight: f64,
+    /// From its opening to its commit.
+    pub seconds: f64,
+    /// Of the model file.
+    pub sha256: String,
+}
+
+/// Who could train.
+#[derive(Debug, Default)]
+pub(crate) struct Clients {
+    pub(crate) registered: BTreeSet<String>,
+    pub(crate) evaluators: BTreeSet<String>,
+    pub(crate) alive: BTreeSet<String>,
+    pub(crate) picked: BTreeMap<String, u32>,
+    /// When the gateway last told who is alive.
+    pub(crate) alive_at: Option<i64>,
+    pub(crate) asked_at: Option<i64>,
+    pub(crate) last_join: i64,
+    /// When the wait for this round began.
+    pub(crate) since: i64,
+}
+
+/// What clients and evaluators measured of the global model.
+#[derive(Debug, Default)]
+pub(crate) struct Figures {
+    round: u32,
+    clients: BTreeMap<String, MetricsData>,
+    evaluators: BTreeMap<String, MetricsData>,
+}
+
+// === impl Jobs ===
+
+impl Jobs {
+    /// All of these.
+    #[must_use]
+    pub fn new(jobs: Vec<JobState>) -> Self {
+        Self { jobs, by_chain: BTreeMap::new() }
+    }
+
+    /// Jobs, mutable, with their numbers.
+    pub fn iter_mut(&mut self) -> impl Iterator<Item = (usize, &mut JobState)> {
+        self.jobs.iter_mut().enumerate()
+    }
+
+    /// Jobs.
+    pub fn iter(&self) -> impl Iterator<Item = &JobState> {
+        self.jobs.iter()
+    }
+
+    /// The job of this number.
+    pub fn get_mut(&mut self, index: usize) -> Option<&mut JobState> {
+        self.jobs.get_mut(index)
+    }
+
+    /// The number of the job with this chain.
+    #[must_use]
+    pub fn of_chain(&self, chain: u32) -> Option<usize> {
+        self.by_chain.get(&chain).copied()
+    }
+
+    /// Gives every job its chain: the gateway's word first, then the checkpoint's, then the next free number from 1.
+    ///
+    /// A job whose chain at the gateway is ahead of its checkpoint (which was deleted or damaged) begins a new chain:
+    /// aggregators do not go back in rounds. Returns the chains that are to be removed.
+    pub fn assign(&mut self, hello: &[ChainState]) -> Vec<u32> {
+        let known: BTreeMap<(&str, &str), &ChainState> =
+            hello.iter().map(|c| ((c.namespace.as_str(), c.job.as_str()), c)).collect();
+        let mut taken: BTreeSet<u32> = hello.iter().map(|c| c.chain).collect();
+        taken.extend(self.by_chain.keys());
+        let mut retired = Vec::new();
+        for (index, job) in self.jobs.iter_mut().enumerate() {
+            let proposed = job.chain.take_if(|chain| self.by_chain.get(chain) != Some(&index));
+            if job.chain.is_some() || job.mute {
+                continue;
+            }
+            let at_gateway = known.get(&(job.document.namespace(), job.document.name()));
+            let chain = match at_gateway {
+                Some(state) if state.round <= job.committed + 1 => state.chain,
+                other => {
+                    retired.extend(other.map(|state| state.chain));
+                    let next = || (1..).find(|n| !taken.contains(n));
+                    proposed.filter(|chain| *chain > 0 && !taken.contains(chain)).or_else(next).unwrap_or(u32::MAX)
+                }
+            };
+            taken.insert(chain);
+            job.chain = Some(chain);
+            self.by_chain.insert(chain, index);
+        }
+        retired
+    }
+
+    /// All of it, for the admin page.
+    #[must_use]
+    pub fn document(&self) -> Value {
+        json!({
+            "schema": "lifl.dev/coordinator-status/v1",
+            "jobs": self.jobs.iter().map(status::document).collect::<Vec<_>>(),
+        })
+    }
+}
+
+// === impl JobState ===
+
+impl JobState {
+    /// A job that goes on from what was loaded.
+    #[must_use]
+    pub fn new(
+        path: String,
+        document: FederatedJob,
+        join_secret: Option<String>,
+        gathering: i64,
+        loaded: Loaded,
+        now: i64,
+    ) -> Self {
+        let (model, shape) = loaded.model.unzip();
+        let mut job = Self {
+            path,
+            document,
+            join_secret,
+            token_key: loaded.token_key,
+            gathering,
+            chain: loaded.chain,
+            mute: false,
+            shape,
+            committed: model.as_ref().map_or(0, |m| m.round),
+            model,
+            node: None,
+            agent: false,
+            gateway: false,
+            served: false,
+            ledger: None,
+            saved: loaded.saved,
+            plan: Planning::default(),
+            phase: Phase::Pending,
+            round: None,
+            clients: Clients { last_join: now, since: now, ..Clients::default() },
+            figures: Figures::default(),
+            finishing: None,
+            history: loaded.history.into(),
+            members_died: 0,
+            dirty: true,
+        };
+        if let Some(saved) = &job.saved {
+            job.clients.picked.clone_from(&saved.picked);
+        }
+        let status = job.document.status.get_or_insert_default();
+        status.observed_generation = job.document.metadata.generation.unwrap_or(0);
+        status.round = job.committed;
+        if let Some(message) = loaded.warning {
+            status::set_condition(status, status::kind::CHECKPOINT, false, "CheckpointDamaged", message, now);
+        }
+        job.trim_history();
+        job.show_model();
+        job
+    }
+
+    /// A job that cannot even begin.
+    #[must_use]
+    pub fn refused(path: String, document: FederatedJob, refusal: &Refusal, mute: bool, now: i64) -> Self {
+        let mut job = Self::new(path, document, None, 0, Loaded::default(), now);
+        job.mute = mute;
+        job.phase = Phase::Failed;
+        job.say_failed(refusal.reason, &refusal.message, now);
+        job
+    }
+
+    /// The job with its status.
+    #[must_use]
+    pub const fn document(&self) -> &FederatedJob {
+        &self.document
+    }
+
+    /// Its chain, once it has one.
+    #[must_use]
+    pub const fn chain(&self) -> Option<u32> {
+        self.chain
+    }
+
+    /// Where it stands.
+    #[must_use]
+    pub const fn phase(&self) -> Phase {
+        self.phase
+    }
+
+    /// The last committed round.
+    #[must_use]
+    pub const fn committed(&self) -> u32 {
+        self.committed
+    }
+
+    pub(crate) fn condition(&mut self, kind: &str, value: bool, reason: &str, message: String, now: i64) {
+        let status = self.document.status.get_or_insert_default();
+        self.dirty |= status::set_condition(status, kind, value, reason, message, now);
+    }
+
+    pub(crate) fn say_failed(&mut self, reason: &str, message: &str, now: i64) {
+        self.document.status.get_or_insert_default().phase = lifl_api::job::Phase::Failed;
+        for kind in [status::kind::READY, status::kind::PROGRESSING, status::kind::SUCCEEDED] {
+            self.condition(kind, false, reason, message.to_owned(), now);
+        }
+        self.dirty = true;
+    }
+
+    pub(crate) fn show_model(&mut self) {
+        let model = self.model.as_ref().map(|m| lifl_api::job::ModelStatus {
+            round: m.round,
+            uri: m.uri.clone(),
+            sha256: m.sha256.clone(),
+        });
+        self.document.status.get_or_insert_default().model = model;
+        self.dirty = true;
+    }
+
+    pub(crate) fn show_clients(&mut self) {
+        let counts = lifl_api::job::ClientCounts {
+            registered: saturate(self.clients.registered.len()),
+            selected: self.round.as_ref().map_or(0, |r| saturate(r.selected.len())),
+            reported: self.round.as_ref().map_or(0, |r| r.admitted),
+        };
+        let status = self.document.status.get_or_insert_default();
+        self.dirty |= status.clients != counts;
+        status.clients = counts;
+    }
+
+    pub(crate) fn remember(&mut self, summary: RoundSummary) {
+        self.history.push_back(summary);
+        self.trim_history();
+    }
+
+    fn trim_history(&mut self) {
+        let excess = self.history.len().saturating_sub(HISTORY);
+        self.history.drain(..excess);
+    }
+}
+
+fn saturate(n: usize) -> u32 {
+    u32::try_from(n).unwrap_or(u32::MAX)
+}
+
+// === impl Figures ===
+
+impl Figures {
+    /// Takes in what was measured of the model of `current`; figures of other models are too late.
+    pub(crate) fn note(&mut self, current: u32, client: String, evaluator: bool, data: MetricsData) -> bool {
+        if data.round != current {
+            return false;
+        }
+        if self.round != current {
+            *self = Self { round: current, ..Self::default() };
+        }
+        let of = if evaluator { &mut self.evaluators } else { &mut self.clients };
+        of.insert(client, data);
+        true
+    }
+
+    /// Each figure as the mean weighted by samples: of the evaluators where there are any, else of the clients.
+    pub(crate) fn means(&self) -> BTreeMap<String, f64> {
+        let mut means = means_of(&self.clients);
+        means.extend(means_of(&self.evaluators));
+        means
+    }
+
+    /// The figure that decides: an evaluator's, or that of at least `min` clients (one lucky client is not the job).
+    pub(crate) fn decisive(&self, metric: &str, min: u32) -> Option<f64> {
+        let reports =
+            |of: &BTreeMap<String, MetricsData>| of.values().filter(|d| d.metrics.contains_key(metric)).count();
+        if reports(&self.evaluators) == 0 && reports(&self.clients) < usize::try_from(min).unwrap_or(usize::MAX) {
+            return None;
+        }
+        self.means().get(metric).copied()
+    }
+}
+
+#[expect(clippy::cast_precision_loss, reason = "samples are weights of a mean")]
+fn means_of(reports: &BTreeMap<String, MetricsData>) -> BTreeMap<String, f64> {
+    let mut sums: BTreeMap<&str, (f64, f64)> = BTreeMap::new();
+    for data in reports.values() {
+        // An evaluator need not count its samples.
+        let weight = data.samples.max(1) as f64;
+        for (name, value) in data.metrics.iter().filter(|(_, value)| value.is_finite()) {
+            let sum = sums.entry(name).or_default();
+            *sum = (sum.0 + weight * value, sum.1 + weight);
+        }
+    }
+    sums.into_iter().map(|(name, (sum, weight))| (name.to_owned(), sum / weight)).collect()
+}

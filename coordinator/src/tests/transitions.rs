@@ -1,0 +1,332 @@
+//! The round's transitions one by one, and what the status says of them.
+
+use lifl_api::{
+    event::MetricsData,
+    job::{FederatedJob, Phase as Shown},
+    node::{ChainState, Order, ToGateway},
+};
+
+use super::{job, receipt};
+use crate::{
+    plan::{Refusal, Shape},
+    round::{Action, Event, StoreFailure, decide, wake},
+    state::{Done, JobState, Jobs, Loaded, Model, Node, Phase},
+};
+
+const SHAPE: Shape = Shape { elements: 1000, file_bytes: 4200, float_tensors: 2, other_bytes: 0 };
+
+/// A job, its clock, and what was last done.
+struct Table {
+    jobs: Jobs,
+    now: i64,
+    last: Vec<Action>,
+}
+
+fn stored(round: u32) -> Model {
+    Model { round, sha256: format!("sha{round}"), length: 4200, uri: format!("file:///c/{round}") }
+}
+
+impl Table {
+    fn new(document: FederatedJob, loaded: Loaded, hello: &[ChainState]) -> Self {
+        let mut jobs = Jobs::new(vec![JobState::new("j".into(), document, None, 2000, loaded, 0)]);
+        jobs.assign(hello);
+        Self { jobs, now: 0, last: Vec::new() }
+    }
+
+    /// Goal 4, at least 2, 10 s; the model is loaded.
+    fn usual(more: &str) -> Self {
+        let loaded = Loaded { model: Some((stored(0), SHAPE)), token_key: "k".into(), ..Loaded::default() };
+        Self::new(job(3, 4, 2, "file:///c", "file:///m", more), loaded, &[])
+    }
+
+    fn job(&mut self) -> &mut JobState {
+        self.jobs.get_mut(0).unwrap()
+    }
+
+    fn at(&mut self, now: i64, event: Event) -> &mut Self {
+        self.now = now;
+        self.last = decide(self.jobs.get_mut(0).unwrap(), event, now);
+        self
+    }
+
+    fn up(&mut self) -> &mut Self {
+        self.at(0, Event::AgentUp(Node { quota: 1 << 30, cores: 2 }));
+        self.at(0, Event::GatewayUp(None));
+        let revision = self.job().plan.revision;
+        self.at(0, Event::Planned(revision))
+    }
+
+    fn alive(&mut self, now: i64, count: u32) -> &mut Self {
+        self.at(now, Event::Alive((0..count).map(|i| format!("c{i}")).collect()))
+    }
+
+    fn open(&mut self) -> &mut Self {
+        self.up().alive(0, 6);
+        assert_eq!(self.job().phase(), Phase::Open);
+        self
+    }
+
+    fn done(&mut self, now: i64, round: u32, count: u32) -> &mut Self {
+        let weight = f64::from(count) * 2.0;
+        self.at(now, Event::RoundDone(Done { round, count, weight, length: 4200, receipt: receipt(count) }))
+    }
+
+    fn told(&self, pick: impl Fn(&ToGateway) -> bool) -> bool {
+        self.last.iter().any(|action| matches!(action, Action::Gateway(words) if pick(words)))
+    }
+
+    fn progressing(&mut self) -> (String, String, String) {
+        let status = self.job().document().status.clone().unwrap();
+        let c = status.conditions.into_iter().find(|c| c.kind == "Progressing").unwrap();
+        (c.status, c.reason, c.message)
+    }
+}
+
+#[test]
+fn a_round_opens_when_enough_are_here_and_the_rest_had_their_time() {
+    for (alive, opens_at) in [(6, Some(0)), (5, Some(2000)), (2, Some(2000)), (1, None)] {
+        let mut t = Table::usual("");
+        t.up().alive(0, alive);
+        assert_eq!(t.job().phase() == Phase::Open, opens_at == Some(0), "{alive}");
+        t.at(2000, Event::Tick);
+        assert_eq!(t.job().phase() == Phase::Open, opens_at.is_some(), "{alive}");
+    }
+}
+
+#[test]
+fn too_few_clients_are_told_with_both_numbers_and_waited_for() {
+    let mut t = Table::usual("");
+    t.up().alive(0, 1);
+    assert_eq!(t.progressing().1, "WaitingForClients");
+    assert_eq!(wake(t.job()), Some(10_000), "nothing is due before the deadline");
+    t.at(10_000, Event::Tick);
+    let (status, reason, message) = t.progressing();
+    assert_eq!((status.as_str(), reason.as_str()), ("False", "TooFewClients"));
+    assert!(message.contains("1 of at least 2") && message.contains("1 registered"), "{message}");
+    t.at(11_000, Event::Joined { client: "late".into(), evaluator: false }).at(13_000, Event::Tick);
+    assert_eq!(t.job().phase(), Phase::Open);
+}
+
+#[test]
+fn evaluators_are_never_selected() {
+    let mut t = Table::usual("");
+    t.up();
+    for i in 0..9 {
+        t.at(1, Event::Joined { client: format!("judge{i}"), evaluator: true });
+    }
+    t.alive(1, 1).at(60_000, Event::Tick);
+    assert_eq!(t.job().phase(), Phase::Gathering);
+}
+
+#[test]
+fn the_deadline_closes_extends_and_replaces() {
+    // (admitted at the deadline, closes)
+    for (admitted, closes) in [(0, false), (1, false), (2, true), (3, true)] {
+        let mut t = Table::usual("");
+        t.open().at(500, Event::Progress { round: 1, admitted });
+        assert_eq!(wake(t.job()), Some(10_000));
+        t.at(10_000, Event::Tick);
+        assert_eq!(t.told(|w| matches!(w, ToGateway::Close { round: 1, .. })), closes, "{admitted}");
+        let extended =
+            t.told(|w| matches!(w, ToGateway::Extend { deadline_ms: 20_000, selected, .. } if selected.len() == 6));
+        assert_eq!(extended, !closes, "{admitted}");
+        if closes {
+            continue;
+        }
+        assert!(t.last.iter().any(|a| matches!(a, Action::Save(saved) if saved.overdue)));
+        let (status, reason, message) = t.progressing();
+        assert_eq!((status.as_str(), reason.as_str()), ("False", "TooFewUpdates"));
+        assert!(message.contains(&format!("{admitted} of at least 2")), "{message}");
+        t.at(10_100, Event::Alive((4..10).map(|i| format!("c{i}")).collect()));
+        let replaced = t.told(|w| matches!(w, ToGateway::Extend { selected, .. } if selected.len() > 6));
+        assert!(replaced, "nobody takes the place of the dead: {:?}", t.last);
+        t.at(10_200, Event::Progress { round: 1, admitted: 2 });
+        assert!(t.told(|w| matches!(w, ToGateway::Close { .. })), "enough after the deadline closes at once");
+    }
+}
+
+#[test]
+fn a_commit_is_told_after_it_is_stored_and_the_next_round_opens_with_it() {
+    let mut t = Table::usual("");
+    t.open().done(1000, 1, 4);
+    assert!(matches!(&t.last[..], [Action::Store { done, opened_at: 0 }] if done.round == 1), "{:?}", t.last);
+    t.at(1500, Event::Stored(1, Ok(stored(1))));
+    assert!(t.told(|w| matches!(w, ToGateway::Commit { round: 1, sha256, .. } if sha256 == "sha1")));
+    assert!(t.told(|w| matches!(w, ToGateway::Open { round: 2, .. })));
+    assert!(
+        t.last
+            .iter()
+            .any(|a| matches!(a, Action::Committed { round: 1, updates: 4, seconds } if (seconds - 1.5).abs() < 1e-9))
+    );
+    // Told again, it is committed again, by word only.
+    t.done(1600, 1, 4);
+    assert!(matches!(&t.last[..], [Action::Gateway(ToGateway::Commit { round: 1, .. })]), "{:?}", t.last);
+}
+
+#[test]
+fn a_full_disk_is_told_and_tried_again() {
+    let mut t = Table::usual("");
+    t.open().done(1000, 1, 4);
+    t.at(1000, Event::Stored(1, Err(StoreFailure::Storage("No space left on device (os error 28)".into()))));
+    let (status, reason, message) = t.progressing();
+    assert_eq!((status.as_str(), reason.as_str()), ("False", "CheckpointFailed"));
+    assert!(message.contains("os error 28"), "{message}");
+    assert_eq!(wake(t.job()), Some(2000));
+    t.at(2000, Event::Tick);
+    assert!(matches!(&t.last[..], [Action::Store { .. }]), "{:?}", t.last);
+    t.at(2100, Event::Stored(1, Ok(stored(1))));
+    assert_eq!(t.job().committed(), 1);
+}
+
+#[test]
+fn a_refused_model_starts_the_aggregators_afresh_eight_times() {
+    let mut t = Table::usual("");
+    t.open();
+    for attempt in 1..=8 {
+        t.done(1000 * attempt, 1, 4);
+        t.at(1000 * attempt, Event::Stored(1, Err(StoreFailure::Rejected("not finite".into()))));
+        if attempt < 8 {
+            let plans: Vec<usize> = t
+                .last
+                .iter()
+                .filter_map(
+                    |a| if let Action::Agent(Order::Plan { members, .. }) = a { Some(members.len()) } else { None },
+                )
+                .collect();
+            assert_eq!((plans.len(), plans[0]), (2, 0), "none, then all");
+            assert_eq!(t.job().phase(), Phase::Closing);
+        }
+    }
+    assert_eq!(t.job().phase(), Phase::Failed);
+    assert!(
+        t.told(|w| matches!(w, ToGateway::Finish { succeeded: false, reason, .. } if reason.contains("not finite")))
+    );
+}
+
+#[test]
+fn silent_aggregators_are_started_afresh() {
+    let mut t = Table::usual("");
+    t.open().at(100, Event::Closed { round: 1, admitted: 4 });
+    assert_eq!(t.job().phase(), Phase::Closing);
+    assert_eq!(wake(t.job()), Some(60_100));
+    t.at(60_100, Event::Tick);
+    assert!(t.last.iter().any(|a| matches!(a, Action::Agent(Order::Plan { members, .. }) if members.is_empty())));
+    assert_eq!(t.progressing().1, "AggregatorsStuck");
+    assert_eq!(wake(t.job()), Some(180_100), "patience doubles");
+}
+
+#[test]
+fn failed_plans_are_tried_again_later_and_then_no_more() {
+    let mut t = Table::usual("");
+    t.at(0, Event::AgentUp(Node { quota: 1 << 30, cores: 2 })).at(0, Event::GatewayUp(None));
+    for attempt in 1..=8 {
+        let revision = t.job().plan.revision;
+        let now = t.now;
+        t.at(now, Event::PlanFailed(revision - 1, "old".into()))
+            .at(now, Event::PlanFailed(revision, "no memory".into()));
+        assert_eq!(t.progressing().1, "PlanFailed");
+        if attempt < 8 {
+            let at = wake(t.job()).unwrap();
+            assert_eq!(at - now, (1000 << (attempt - 1)).min(60_000));
+            t.at(at, Event::Tick);
+            assert!(matches!(&t.last[..], [Action::Agent(Order::Plan { .. })]), "{:?}", t.last);
+        }
+    }
+    assert_eq!(t.job().phase(), Phase::Failed);
+    assert_eq!(wake(t.job()), None);
+}
+
+#[test]
+fn the_stop_condition_ends_after_what_was_acknowledged() {
+    let stop = "  stop: {metric: accuracy, atLeast: 0.9}\n";
+    let figures = |client: &str, evaluator, value, samples| Event::Metrics {
+        client: client.into(),
+        evaluator,
+        data: MetricsData { round: 0, samples, metrics: [("accuracy".to_owned(), value)].into() },
+    };
+    // Clients: the weighted mean of at least minClients decides; an evaluator's word is above theirs.
+    let mut t = Table::usual(stop);
+    t.open().at(1, figures("c0", false, 0.99, 10));
+    assert!(!t.told(|w| matches!(w, ToGateway::Close { .. })), "one client is not the job");
+    t.at(2, figures("c1", false, 0.5, 30));
+    let shown = t.job().document().status.clone().unwrap().metrics["accuracy"];
+    assert!((shown - 0.6225).abs() < 1e-9, "{shown}");
+    t.at(3, figures("judge", true, 0.95, 0));
+    assert!(t.told(|w| matches!(w, ToGateway::Close { round: 1, .. })), "an unused round is closed");
+    t.at(4, Event::Closed { round: 1, admitted: 0 });
+    assert_eq!(t.job().phase(), Phase::Succeeded);
+    // A round with updates is completed first.
+    let mut t = Table::usual(stop);
+    t.open().at(1, Event::Progress { round: 1, admitted: 1 }).at(2, figures("judge", true, 0.95, 0));
+    assert_eq!((t.job().phase(), t.last.len()), (Phase::Open, 0));
+    t.done(3, 1, 4).at(4, Event::Stored(1, Ok(stored(1))));
+    assert_eq!((t.job().phase(), t.job().committed()), (Phase::Succeeded, 1));
+    assert!(t.told(|w| matches!(w, ToGateway::Finish { succeeded: true, reason, .. } if reason.contains("0.95"))));
+    // Figures of an older model are too late.
+    t.at(5, figures("judge", true, 0.1, 1));
+    assert!((t.job().document().status.clone().unwrap().metrics["accuracy"] - 0.95).abs() < 1e-9);
+}
+
+#[test]
+fn the_first_client_brings_the_model_after_its_round_opened() {
+    let mut document = job(3, 4, 2, "file:///c", "file:///m", "");
+    (document.spec.model.initial.uri, document.spec.model.initial.from_first_client) = (None, true);
+    let mut t = Table::new(document, Loaded { token_key: "k".into(), ..Loaded::default() }, &[]);
+    t.up().alive(0, 6);
+    assert_eq!(t.job().phase(), Phase::Open);
+    t.at(100, Event::FirstModel);
+    assert_eq!(t.last, [Action::StoreFirst]);
+    t.at(200, Event::FirstStored(Ok((stored(0), SHAPE))));
+    assert!(t.last.iter().any(|a| matches!(a, Action::Agent(Order::Plan { members, .. }) if !members.is_empty())));
+    assert!(!t.told(|w| matches!(w, ToGateway::Model { .. })), "updates would come before the aggregators");
+    let revision = t.job().plan.revision;
+    t.at(300, Event::Planned(revision));
+    assert!(t.told(|w| matches!(w, ToGateway::Model { round: 0, .. })));
+}
+
+#[test]
+fn impossible_jobs_fail_with_the_figures_and_the_gateway_hears_it() {
+    let loaded = Loaded { model: Some((stored(0), SHAPE)), ..Loaded::default() };
+    let mut t = Table::new(job(3, 4, 2, "file:///c", "file:///m", ""), loaded, &[]);
+    t.at(0, Event::AgentUp(Node { quota: 10_000, cores: 2 })).at(0, Event::GatewayUp(None));
+    assert_eq!(t.job().phase(), Phase::Failed);
+    assert!(t.told(|w| matches!(w, ToGateway::Finish { succeeded: false, reason, .. } if reason.contains("10000"))));
+    assert!(!t.last.iter().any(|a| matches!(a, Action::Agent(_))));
+    let status = t.job().document().status.clone().unwrap();
+    assert_eq!((status.phase, status.conditions.len()), (Shown::Failed, 3));
+    assert!(status.conditions.iter().all(|c| c.status == "False" && c.reason == "QuotaTooSmall"));
+}
+
+#[test]
+fn chains_are_the_gateways_then_the_checkpoints_then_free_ones() {
+    let named = |name: &str, chain, committed: u32| {
+        let mut document = job(9, 4, 2, "file:///c", "file:///m", "");
+        document.metadata.name = Some(name.into());
+        let loaded = Loaded { chain, model: Some((stored(committed), SHAPE)), ..Loaded::default() };
+        JobState::new("j".into(), document, None, 0, loaded, 0)
+    };
+    let known = |name: &str, chain, round| ChainState {
+        chain,
+        namespace: "default".into(),
+        job: name.into(),
+        round,
+        open: true,
+        admitted: 0,
+        model_round: None,
+    };
+    let refusal = Refusal { reason: "Conflict", message: "twice".into() };
+    let twin = JobState::refused("k".into(), job(1, 1, 1, "file:///c", "file:///m", ""), &refusal, true, 0);
+    let mut jobs = Jobs::new(vec![
+        named("a", Some(5), 0),
+        named("b", Some(5), 0),
+        named("c", None, 2),
+        named("ahead", Some(9), 1),
+        twin,
+    ]);
+    let retired = jobs.assign(&[known("c", 1, 3), known("ahead", 9, 7)]);
+    let chains: Vec<_> = jobs.iter().map(JobState::chain).collect();
+    // 'ahead' has 7 rounds at the gateway and 1 on disk: its aggregators cannot go back.
+    assert_eq!((chains, retired), (vec![Some(5), Some(2), Some(1), Some(3), None], vec![9]));
+    assert!(jobs.assign(&[]).is_empty());
+    assert_eq!((jobs.of_chain(5), jobs.of_chain(9)), (Some(0), None));
+}

@@ -1,0 +1,91 @@
+//! The admin port: `/metrics`, `/healthz`, `/readyz`, `/status`, served by the supervisor, so that no component needs a
+//! port for it and no stranger's bytes share a thread with it.
+
+use std::{convert::Infallible, sync::Arc};
+
+use bytes::Bytes;
+use http_body_util::Full;
+use hyper::{Method, Request, Response, StatusCode, body::Incoming, header, service::service_fn};
+use hyper_util::rt::TokioIo;
+use serde_json::{Value, json};
+use tokio::{net::TcpListener, sync::Semaphore};
+
+use crate::Supervisor;
+
+/// Connections served at once; a scraper needs one.
+const MAX_CONNECTIONS: usize = 32;
+
+/// Serves until the task is dropped.
+pub async fn serve(listener: TcpListener, supervisor: Supervisor) {
+    let permits = Arc::new(Semaphore::new(MAX_CONNECTIONS));
+    loop {
+        let Ok(permit) = permits.clone().acquire_owned().await else { return };
+        let stream = match listener.accept().await {
+            Ok((stream, _)) => stream,
+            Err(error) => {
+                tracing::warn!(%error, "admin port");
+                tokio::time::sleep(std::time::Duration::from_millis(100)).await;
+                continue;
+            }
+        };
+        let supervisor = supervisor.clone();
+        tokio::spawn(async move {
+            let service = service_fn(|request| answer(request, supervisor.clone()));
+            let _the_scraper_left = hyper::server::conn::http1::Builder::new()
+                .timer(hyper_util::rt::TokioTimer::new())
+                .serve_connection(TokioIo::new(stream), service)
+                .await;
+            drop(permit);
+        });
+    }
+}
+
+async fn answer(request: Request<Incoming>, supervisor: Supervisor) -> Result<Response<Full<Bytes>>, Infallible> {
+    let (status, kind, body) = match (request.method(), request.uri().path()) {
+        (&Method::GET | &Method::HEAD, "/healthz") => (StatusCode::OK, "text/plain", "ok\n".to_owned()),
+        (&Method::GET | &Method::HEAD, "/readyz") => match supervisor.is_ready() {
+            true => (StatusCode::OK, "text/plain", "ok\n".to_owned()),
+            false => (StatusCode::SERVICE_UNAVAILABLE, "text/plain", "a component is not ready\n".to_owned()),
+        },
+        (&Method::GET | &Method::HEAD, "/metrics") => {
+            (StatusCode::OK, "text/plain; version=0.0.4", metrics(&supervisor).await)
+        }
+        (&Method::GET | &Method::HEAD, "/status") => {
+            (StatusCode::OK, "application/json", status(&supervisor).await.to_string())
+        }
+        (_, path) => {
+            (StatusCode::NOT_FOUND, "text/plain", format!("{path}: not here; see /metrics /healthz /readyz /status\n"))
+        }
+    };
+    let mut response = Response::new(Full::new(Bytes::from(body)));
+    *response.status_mut() = status;
+    response.headers_mut().insert(header::CONTENT_TYPE, header::HeaderValue::from_static(kind));
+    Ok(response)
+}
+
+/// Status of all components, `lifl.dev/status/v1`.
+pub async fn status(supervisor: &Supervisor) -> Value {
+    let mut components = serde_json::Map::new();
+    for scrape in supervisor.scrape().await {
+        let document = json!({"pid": scrape.pid, "restarts": scrape.restarts, "status": scrape.status});
+        components.insert(scrape.name.to_owned(), document);
+    }
+    json!({"schema": "lifl.dev/status/v1", "version": env!("CARGO_PKG_VERSION"), "ready": supervisor.is_ready(), "components": components})
+}
+
+/// Metrics of all components. Names are disjoint but for the ones given here.
+async fn metrics(supervisor: &Supervisor) -> String {
+    use std::fmt::Write as _;
+    let mut out = format!(
+        "# HELP lifl_build_info Version of this build.\n# TYPE lifl_build_info gauge\nlifl_build_info{{version=\"{}\"}} 1\n",
+        env!("CARGO_PKG_VERSION")
+    );
+    let scrapes = supervisor.scrape().await;
+    out.push_str("# HELP lifl_component_restarts_total Times a component was started again.\n# TYPE lifl_component_restarts_total counter\n");
+    for scrape in &scrapes {
+        let _to_a_string =
+            writeln!(out, "lifl_component_restarts_total{{component=\"{}\"}} {}", scrape.name, scrape.restarts);
+    }
+    scrapes.iter().for_each(|scrape| out.push_str(&scrape.metrics));
+    out
+}

@@ -1,0 +1,433 @@
+//! The parent of components: starts them, pairs them, keeps their deposits, starts again what died.
+
+use std::{
+    collections::{BTreeMap, HashMap},
+    io,
+    os::{
+        fd::{AsFd, BorrowedFd, OwnedFd},
+        unix::process::CommandExt as _,
+    },
+    path::PathBuf,
+    process::{Command, Stdio},
+    sync::{Arc, Mutex, PoisonError},
+    time::Duration,
+};
+
+use rustix::process::{Pid, Signal, WaitOptions, getpid, kill_process, set_child_subreaper, wait};
+use serde_json::Value;
+use tokio::{
+    signal::unix::{SignalKind, signal},
+    sync::{mpsc, oneshot, watch},
+    task::JoinSet,
+    time::Instant,
+};
+
+use crate::{
+    Channel, ChannelError, Deposit,
+    child::{FromChild, ToChild},
+};
+
+/// A life shorter than this counts as a failed start.
+const SHORT_LIFE: Duration = Duration::from_secs(2);
+/// Failed starts in a row after which the supervisor gives up.
+const MAX_FAILED_STARTS: u32 = 8;
+/// Longest pause before the next start.
+const MAX_PAUSE: Duration = Duration::from_secs(5);
+/// A child that does not answer a scrape within this is left out of it.
+const SCRAPE_TIMEOUT: Duration = Duration::from_secs(2);
+/// A child that has not drained by then is killed.
+const DRAIN_TIMEOUT: Duration = Duration::from_secs(20);
+
+/// A component to keep alive.
+#[derive(Debug)]
+pub struct ChildSpec {
+    /// Its name among its siblings.
+    pub name: &'static str,
+    /// The program.
+    pub program: PathBuf,
+    /// Its arguments.
+    pub args: Vec<String>,
+    /// What [`crate::Startup::config`] will be.
+    pub config: Value,
+    /// Siblings it talks to.
+    pub peers: Vec<&'static str>,
+    /// User to run as, where the supervisor is root.
+    pub uid: Option<u32>,
+    /// Deposits that it finds in its first life.
+    pub deposits: Vec<Deposit>,
+    /// `name:n`: where its first life ends (tests).
+    pub failpoint: Option<String>,
+}
+
+/// What a component said of itself.
+#[derive(Clone, Debug)]
+pub struct Scrape {
+    /// The component.
+    pub name: &'static str,
+    /// Its process.
+    pub pid: i32,
+    /// How often it was started again.
+    pub restarts: u32,
+    /// Its status document.
+    pub status: Value,
+    /// Its metrics, Prometheus text.
+    pub metrics: String,
+}
+
+/// Why the supervisor ended.
+#[derive(Debug, thiserror::Error)]
+pub enum SupervisorError {
+    /// A component could not be started.
+    #[error("{name}: cannot be started: {source}")]
+    Spawn {
+        /// The component.
+        name: &'static str,
+        /// Why.
+        source: io::Error,
+    },
+    /// A component dies again and again.
+    #[error("{name} ended {MAX_FAILED_STARTS} times within {SHORT_LIFE:?} of its start, last with {status}")]
+    CrashLoop {
+        /// The component.
+        name: &'static str,
+        /// Exit status or signal.
+        status: String,
+    },
+    /// A system call failed.
+    #[error("{0}")]
+    Io(#[from] io::Error),
+    /// A channel failed.
+    #[error(transparent)]
+    Channel(#[from] ChannelError),
+}
+
+#[derive(Debug)]
+struct Life {
+    channel: Arc<Channel>,
+    pid: Pid,
+    ready: bool,
+}
+
+#[derive(Debug, Default)]
+struct Entry {
+    life: Option<Life>,
+    deposits: BTreeMap<String, Deposit>,
+    peers: Vec<&'static str>,
+    restarts: u32,
+}
+
+#[derive(Debug, Default)]
+struct Table {
+    entries: BTreeMap<&'static str, Entry>,
+    exits: HashMap<i32, oneshot::Sender<String>>,
+    early_exits: HashMap<i32, String>,
+    scrapes: HashMap<u64, oneshot::Sender<(Value, String)>>,
+    next_scrape: u64,
+    draining: bool,
+}
+
+/// The parent of components. Lives in a runtime of one thread, whose thread must outlive the children: they die with it.
+#[derive(Clone, Debug)]
+pub struct Supervisor {
+    table: Arc<Mutex<Table>>,
+    ready: Arc<watch::Sender<bool>>,
+    changed: mpsc::UnboundedSender<()>,
+}
+
+// === impl Supervisor ===
+
+impl Supervisor {
+    /// Starts all of `specs` and keeps them alive. Returns the handle and a future that ends with the first hopeless
+    /// component, or after [`Supervisor::drain`].
+    ///
+    /// # Errors
+    /// When signals or the role of a subreaper cannot be had.
+    pub fn start(
+        specs: Vec<ChildSpec>,
+    ) -> Result<(Self, impl Future<Output = Result<(), SupervisorError>>), SupervisorError> {
+        // Functions outlive a dead agent; they become ours, so that they are reaped.
+        set_child_subreaper(Some(getpid())).map_err(io::Error::from)?;
+        let (changed, mut changes) = mpsc::unbounded_channel();
+        let supervisor = Self { table: Arc::default(), ready: Arc::new(watch::Sender::new(false)), changed };
+        let mut exits = signal(SignalKind::child())?;
+        for spec in &specs {
+            supervisor.table().entries.insert(spec.name, Entry { peers: spec.peers.clone(), ..Entry::default() });
+        }
+        let mut tasks = JoinSet::new();
+        for spec in specs {
+            tasks.spawn(supervisor.clone().keep(spec));
+        }
+        let reaper = supervisor.clone();
+        let run = async move {
+            loop {
+                tokio::select! {
+                    _ = exits.recv() => reaper.reap(),
+                    Some(()) = changes.recv() => reaper.update_ready(),
+                    Some(done) = tasks.join_next() => match done {
+                        Ok(Ok(())) => if tasks.is_empty() { return Ok(()) },
+                        Ok(Err(error)) => return Err(error),
+                        Err(error) => return Err(io::Error::other(error).into()),
+                    },
+                }
+            }
+        };
+        Ok((supervisor, run))
+    }
+
+    /// Resolves when all components serve.
+    pub async fn ready(&self) {
+        let mut ready = self.ready.subscribe();
+        let _sender_is_ours = ready.wait_for(|ready| *ready).await;
+    }
+
+    /// All components serve now.
+    #[must_use]
+    pub fn is_ready(&self) -> bool {
+        *self.ready.borrow()
+    }
+
+    /// Processes of the components that live.
+    #[must_use]
+    pub fn pids(&self) -> Vec<(&'static str, i32)> {
+        let table = self.table();
+        table
+            .entries
+            .iter()
+            .filter_map(|(name, e)| Some((*name, e.life.as_ref()?.pid.as_raw_nonzero().get())))
+            .collect()
+    }
+
+    /// Asks all components for status and metrics.
+    pub async fn scrape(&self) -> Vec<Scrape> {
+        let mut asked = Vec::new();
+        {
+            let mut table = self.table();
+            let lives: Vec<_> = table
+                .entries
+                .iter()
+                .filter_map(|(name, e)| {
+                    let life = e.life.as_ref()?;
+                    Some((*name, life.channel.clone(), life.pid.as_raw_nonzero().get(), e.restarts))
+                })
+                .collect();
+            for (name, channel, pid, restarts) in lives {
+                let (answer, answered) = oneshot::channel();
+                let id = table.next_scrape;
+                table.next_scrape += 1;
+                table.scrapes.insert(id, answer);
+                asked.push((name, channel, pid, restarts, id, answered));
+            }
+        }
+        let mut out = Vec::new();
+        for (name, channel, pid, restarts, id, answered) in asked {
+            let ask = async {
+                channel.send(&ToChild::Scrape { id }, &[]).await.ok()?;
+                answered.await.ok()
+            };
+            let (status, metrics) = tokio::time::timeout(SCRAPE_TIMEOUT, ask).await.ok().flatten().unwrap_or_default();
+            self.table().scrapes.remove(&id);
+            out.push(Scrape { name, pid, restarts, status, metrics });
+        }
+        out
+    }
+
+    /// Has all components end in order; those that do not within 20 s are killed.
+    pub async fn drain(&self) {
+        let lives: Vec<_> = {
+            let mut table = self.table();
+            table.draining = true;
+            table.entries.values().filter_map(|e| e.life.as_ref().map(|l| (l.channel.clone(), l.pid))).collect()
+        };
+        for (channel, _) in &lives {
+            let _gone_is_drained = channel.send(&ToChild::Drain, &[]).await;
+        }
+        let deadline = Instant::now() + DRAIN_TIMEOUT;
+        let mut ready = self.ready.subscribe();
+        while self.table().entries.values().any(|e| e.life.is_some()) {
+            if tokio::time::timeout_at(deadline, ready.changed()).await.is_err() {
+                for (_, pid) in &lives {
+                    let _ended_meanwhile = kill_process(*pid, Signal::KILL);
+                }
+                return;
+            }
+        }
+    }
+
+    fn table(&self) -> std::sync::MutexGuard<'_, Table> {
+        self.table.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn update_ready(&self) {
+        let all = self.table().entries.values().all(|e| e.life.as_ref().is_some_and(|l| l.ready));
+        self.ready.send_replace(all);
+    }
+
+    /// Reaps every child that ended, orphans of a dead agent among them.
+    fn reap(&self) {
+        while let Ok(Some((pid, status))) = wait(WaitOptions::NOHANG) {
+            let text = match (status.exit_status(), status.terminating_signal()) {
+                (Some(code), _) => format!("exit code {code}"),
+                (_, Some(signal)) => format!("signal {signal}"),
+                _ => continue,
+            };
+            let pid = pid.as_raw_nonzero().get();
+            let mut table = self.table();
+            match table.exits.remove(&pid) {
+                Some(waiter) => drop(waiter.send(text)),
+                None => drop(table.early_exits.insert(pid, text)),
+            }
+        }
+    }
+
+    /// Keeps one component alive until it is hopeless or everything drains.
+    async fn keep(self, mut spec: ChildSpec) -> Result<(), SupervisorError> {
+        let name = spec.name;
+        for deposit in spec.deposits.drain(..) {
+            if let Some(entry) = self.table().entries.get_mut(name) {
+                entry.deposits.insert(deposit.key.clone(), deposit);
+            }
+        }
+        let (mut first, mut failed) = (true, 0);
+        loop {
+            let began = Instant::now();
+            let (channel, exit) = self.spawn(&spec, first).await?;
+            self.listen(name, &channel).await;
+            let status = exit.await.unwrap_or_else(|_unknown| "unknown status".into());
+            let draining = {
+                let mut table = self.table();
+                let draining = table.draining;
+                if let Some(entry) = table.entries.get_mut(name) {
+                    entry.life = None;
+                    entry.restarts += u32::from(!draining);
+                }
+                draining
+            };
+            let _receiver_lives_as_long = self.changed.send(());
+            if draining {
+                return Ok(());
+            }
+            failed = if began.elapsed() < SHORT_LIFE { failed + 1 } else { 0 };
+            tracing::warn!(component = name, status, "component ended; starting it again");
+            if failed >= MAX_FAILED_STARTS {
+                return Err(SupervisorError::CrashLoop { name, status });
+            }
+            if failed > 1 {
+                tokio::time::sleep(MAX_PAUSE.min(Duration::from_millis(50) * 2u32.saturating_pow(failed))).await;
+            }
+            first = false;
+        }
+    }
+
+    async fn spawn(
+        &self,
+        spec: &ChildSpec,
+        first: bool,
+    ) -> Result<(Arc<Channel>, oneshot::Receiver<String>), SupervisorError> {
+        let name = spec.name;
+        let (ours, theirs) = Channel::pair()?;
+        let mut command = Command::new(&spec.program);
+        command.args(&spec.args).stdin(Stdio::from(theirs)).stdout(Stdio::null()).env_clear();
+        // A group of its own: Ctrl-C reaches the supervisor, which drains.
+        command.process_group(0);
+        if let Some(uid) = spec.uid {
+            command.uid(uid).gid(uid);
+        }
+        let child = command.spawn().map_err(|source| SupervisorError::Spawn { name, source })?;
+        drop(command);
+        let pid = Pid::from_child(&child);
+        let channel = Arc::new(Channel::new(ours)?);
+        let (exited, exit) = oneshot::channel();
+        {
+            let mut table = self.table();
+            let raw = pid.as_raw_nonzero().get();
+            match table.early_exits.remove(&raw) {
+                Some(status) => drop(exited.send(status)),
+                None => drop(table.exits.insert(raw, exited)),
+            }
+        }
+        self.restore(spec, first, &channel).await;
+        if let Some(entry) = self.table().entries.get_mut(name) {
+            entry.life = Some(Life { channel: channel.clone(), pid, ready: false });
+        }
+        let _receiver_lives_as_long = self.changed.send(());
+        self.pair(name, &channel).await;
+        Ok((channel, exit))
+    }
+
+    /// Tells a new life its deposits and its configuration; errors show as its end.
+    async fn restore(&self, spec: &ChildSpec, first: bool, channel: &Channel) {
+        let deposits: Vec<(String, Value, Vec<OwnedFd>)> = {
+            let table = self.table();
+            let entry = table.entries.get(spec.name).into_iter();
+            let clone = |fds: &[OwnedFd]| fds.iter().filter_map(|fd| fd.try_clone().ok()).collect();
+            entry.flat_map(|e| e.deposits.values()).map(|d| (d.key.clone(), d.meta.clone(), clone(&d.fds))).collect()
+        };
+        for (key, meta, fds) in deposits {
+            let fds: Vec<BorrowedFd<'_>> = fds.iter().map(AsFd::as_fd).collect();
+            let _its_end_will_tell = channel.send(&ToChild::Restored { key, meta }, &fds).await;
+        }
+        let failpoint = spec.failpoint.clone().filter(|_| first);
+        let parent = getpid().as_raw_nonzero().get();
+        let start = ToChild::Start { config: spec.config.clone(), first, parent, failpoint };
+        let _its_end_will_tell = channel.send(&start, &[]).await;
+    }
+
+    /// Gives a new life and each living sibling of it the two ends of a new channel.
+    async fn pair(&self, name: &'static str, channel: &Channel) {
+        let siblings: Vec<(&'static str, Arc<Channel>)> = {
+            let table = self.table();
+            let Some(entry) = table.entries.get(name) else { return };
+            let living = |peer: &&'static str| Some((*peer, table.entries.get(peer)?.life.as_ref()?.channel.clone()));
+            entry.peers.iter().filter_map(living).collect()
+        };
+        for (peer, sibling) in siblings {
+            let Ok((one, other)) = Channel::pair() else { continue };
+            let _its_end_will_tell = channel.send(&ToChild::Peer { name: peer.to_owned() }, &[one.as_fd()]).await;
+            let _its_end_will_tell = sibling.send(&ToChild::Peer { name: name.to_owned() }, &[other.as_fd()]).await;
+        }
+    }
+
+    /// Hears a child until it is gone.
+    async fn listen(&self, name: &'static str, channel: &Channel) {
+        loop {
+            match channel.recv::<FromChild>().await {
+                Ok(Some((word, fds))) => self.hear(name, word, fds),
+                Ok(None) => return,
+                Err(error) => {
+                    tracing::error!(%error, component = name, "channel");
+                    return;
+                }
+            }
+        }
+    }
+
+    fn hear(&self, name: &'static str, word: FromChild, fds: Vec<OwnedFd>) {
+        let mut table = self.table();
+        match word {
+            FromChild::Scraped { id, status, metrics } => {
+                if let Some(waiter) = table.scrapes.remove(&id) {
+                    let _asker_left = waiter.send((status, metrics));
+                }
+            }
+            FromChild::Ready => {
+                if let Some(life) = table.entries.get_mut(name).and_then(|e| e.life.as_mut()) {
+                    life.ready = true;
+                }
+                drop(table);
+                let _receiver_lives_as_long = self.changed.send(());
+            }
+            FromChild::Deposit { key, meta } => {
+                if let Some(entry) = table.entries.get_mut(name) {
+                    let old = entry.deposits.remove(&key);
+                    let fds = if fds.is_empty() { old.map(|old| old.fds).unwrap_or_default() } else { fds };
+                    entry.deposits.insert(key.clone(), Deposit { key, meta, fds });
+                }
+            }
+            FromChild::Remove { key } => {
+                if let Some(entry) = table.entries.get_mut(name) {
+                    entry.deposits.remove(&key);
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,86 @@
+//! `lifl up DIR`.
+
+use std::{fs, io::Write as _};
+
+use anyhow::{Context as _, Result, bail};
+use kube::CustomResourceExt as _;
+use lifl_api::job::FederatedJob;
+use lifl_daemon::logs;
+use tokio::signal::unix::{SignalKind, signal};
+
+use crate::{
+    cli::{LogFormat, UpArgs},
+    folder,
+    platform::{Platform, PlatformConfig},
+};
+
+/// Serves the folder until SIGTERM or Ctrl-C.
+///
+/// # Errors
+/// What is wrong with the folder, a port, or the platform.
+pub fn run(args: &UpArgs, log: LogFormat, log_level: &str) -> Result<()> {
+    logs::start(log.into(), log_level);
+    let mut jobs = folder::read(&args.dir)?;
+    if jobs.is_empty() {
+        bail!("{}: no FederatedJob in any .yaml or .yml file", args.dir.display());
+    }
+    if let Some(path) = &args.join_token_file {
+        let secret = fs::read_to_string(path).with_context(|| format!("--join-token-file {}", path.display()))?;
+        let secret = secret.trim().to_owned();
+        if secret.is_empty() {
+            bail!("--join-token-file {} is empty", path.display());
+        }
+        for job in &mut jobs {
+            job.join_secret.get_or_insert_with(|| secret.clone());
+        }
+    }
+    let open: Vec<&str> = jobs.iter().filter(|job| job.join_secret.is_none()).map(|job| job.job.name()).collect();
+    if !args.listen.ip().is_loopback() && !open.is_empty() && !args.insecure {
+        bail!(
+            "{} is not a loopback address and anyone could join {}: give the jobs auth.tokenSecretRef, use \
+             --join-token-file, or say --insecure",
+            args.listen,
+            open.join(", ")
+        );
+    }
+    let platform = Platform::start(PlatformConfig {
+        listen: args.listen,
+        admin: args.platform.admin,
+        jobs,
+        shm_limit: args.platform.shm_limit.map(|size| size.0),
+        userspace: args.platform.userspace,
+        failpoints: args.platform.failpoint.clone(),
+        settings: serde_json::Value::Null,
+        log_level: log_level.to_owned(),
+    })?;
+    let failed = tokio::runtime::Builder::new_current_thread().enable_all().build()?.block_on(serve(&platform))?;
+    if let Some(why) = failed {
+        bail!("{why}");
+    }
+    tracing::info!("draining");
+    Ok(platform.stop()?)
+}
+
+async fn serve(platform: &Platform) -> Result<Option<String>> {
+    let (mut term, mut interrupt) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
+    let announce = async {
+        platform.ready().await;
+        tracing::info!(gateway = %platform.gateway, admin = %platform.admin, "ready");
+        std::future::pending::<()>().await;
+    };
+    tokio::select! {
+        () = announce => Ok(None),
+        why = platform.ended() => Ok(why),
+        _ = term.recv() => Ok(None),
+        _ = interrupt.recv() => Ok(None),
+    }
+}
+
+/// Prints the CustomResourceDefinition as it is generated from the types.
+///
+/// # Errors
+/// When standard output is closed.
+pub fn print_crd() -> Result<()> {
+    let crd = serde_yaml_ng::to_string(&FederatedJob::crd())?;
+    Ok(std::io::stdout().write_all(crd.as_bytes())?)
+}
