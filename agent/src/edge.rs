@@ -77,6 +77,8 @@ struct Agent {
     gateway_socket: (OwnedFd, OwnedFd),
     events: mpsc::UnboundedSender<Event>,
     failpoint: Option<String>,
+    /// No agent was here before.
+    first: bool,
 }
 
 /// Runs the agent until it is told to drain or its supervisor is gone.
@@ -225,10 +227,26 @@ impl Agent {
                     tell(Some(&channel), &word, &[fd.as_fd()]).await;
                 }
                 tell(Some(&channel), &FromAgent::Synced { path: self.path_name().to_owned() }, &[]).await;
+                for (chain, role) in self.successors() {
+                    tell(Some(&channel), &FromAgent::Replaced { chain, role }, &[]).await;
+                }
                 self.gateway = Some(channel);
             }
             other => tracing::warn!(name = other, "unknown sibling"),
         }
+    }
+
+    /// Functions that this life started where an earlier one may have had others: that one may have died before it said so.
+    fn successors(&self) -> Vec<(u32, u32)> {
+        if self.first {
+            return Vec::new();
+        }
+        let state = self.state();
+        let of = |(id, chain): (&u32, &crate::state::Chain)| {
+            let ours = chain.members.iter().filter(|(_, member)| !member.adopted);
+            ours.map(|(role, _)| (*id, *role)).collect::<Vec<_>>()
+        };
+        state.chains.iter().flat_map(of).collect()
     }
 
     async fn obey(&mut self, order: Order) -> Result<(), AgentError> {
@@ -289,10 +307,6 @@ impl Agent {
         }
         for pidfd in &pidfds {
             crate::process::reap(pidfd);
-            // An adopted function is no child: its descriptor turns readable when it has ended.
-            let fd = rustix::event::PollFd::new(&**pidfd, rustix::event::PollFlags::IN);
-            let _one_second_is_plenty =
-                rustix::event::poll(&mut [fd], Some(&rustix::event::Timespec { tv_sec: 1, tv_nsec: 0 }));
         }
         self.cgroups.remove_all();
     }

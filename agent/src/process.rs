@@ -10,7 +10,10 @@ use std::{
 };
 
 use lifl_daemon::Channel;
-use rustix::process::{Pid, PidfdFlags, Signal, WaitId, WaitIdOptions, pidfd_open, pidfd_send_signal, waitid};
+use rustix::{
+    event::{PollFd, PollFlags, poll},
+    process::{Pid, PidfdFlags, Signal, WaitId, WaitIdOptions, pidfd_open, pidfd_send_signal, waitid},
+};
 
 /// A function that was started.
 #[derive(Debug)]
@@ -53,7 +56,10 @@ pub(crate) fn reap(pidfd: &OwnedFd) -> String {
             (_, Some(signal)) => format!("signal {signal}"),
             _ => "unknown status".to_owned(),
         },
-        // A function of an earlier agent is the supervisor's to reap.
-        _ => "ended".to_owned(),
+        // A function of an earlier agent is the supervisor's to reap; until it has ended it may still send.
+        _ => {
+            while poll(&mut [PollFd::new(pidfd, PollFlags::IN)], None) == Err(rustix::io::Errno::INTR) {}
+            "ended".to_owned()
+        }
     }
 }

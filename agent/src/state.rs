@@ -42,6 +42,8 @@ pub(crate) struct Member {
     pub(crate) pidfd: Arc<OwnedFd>,
     /// End A of its data socket, until it is handed over.
     pub(crate) socket: Option<OwnedFd>,
+    /// An earlier agent started it.
+    pub(crate) adopted: bool,
     /// What it said before it ended.
     pub(crate) last_words: Option<String>,
 }

@@ -118,7 +118,7 @@ mod tests {
     fn round(inputs: &[u32], current: u32, expected: Option<u32>) -> Round {
         let mut round = Round::default();
         round.advance(1);
-        inputs.iter().enumerate().for_each(|(i, count)| assert!(round.push(input(i as u32, *count))));
+        (0..).zip(inputs).for_each(|(slot, count)| assert!(round.push(input(slot, *count))));
         round.current = (current > 0).then_some(Held { key: ObjectKey::default(), count: current, weight: 1.0 });
         round.expected = expected;
         round

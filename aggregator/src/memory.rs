@@ -1,6 +1,9 @@
 //! The memory an aggregator sees: its own slots, and the segments of its chain's members.
 
-use std::{collections::HashMap, os::fd::OwnedFd};
+use std::{
+    collections::{BTreeMap, HashMap},
+    os::fd::{AsFd as _, OwnedFd},
+};
 
 use lifl_api::node::{RoleConfig, ToAgent};
 use lifl_daemon::{ChannelError, SyncChannel};
@@ -21,6 +24,8 @@ pub(crate) struct Memory {
     /// The agent refused the last request.
     pub(crate) refused: bool,
     segments: HashMap<u32, SegmentReader>,
+    /// Own segments and their bytes, to be told again to a restarted agent.
+    own: BTreeMap<u32, (OwnedFd, u64)>,
     elements: u64,
 }
 
@@ -56,6 +61,7 @@ impl Memory {
             next_request: 1,
             refused: false,
             segments: HashMap::new(),
+            own: BTreeMap::new(),
             elements: config.elements,
         }
     }
@@ -70,6 +76,11 @@ impl Memory {
             self.arena = fresh.arena;
         }
         self.elements = fresh.elements;
+    }
+
+    /// A free slot, if there is one: the agent is asked for nothing.
+    pub(crate) fn free_slot(&self) -> Option<SlotWriter> {
+        self.arena.reserve()
     }
 
     /// A free slot; without one the agent is asked for a segment, and there will be one when it answers or when an object
@@ -100,8 +111,9 @@ impl Memory {
             Ok(growth) => {
                 let bytes = growth.bytes();
                 agent.send(&ToAgent::Segment { chain, segment: id, bytes }, &[growth.fd()])?;
-                if let Err(error) = growth.admit(id) {
-                    tracing::error!(%error, segment = id, "granted segment");
+                match growth.admit(id) {
+                    Ok((_, fd)) => drop(self.own.insert(id, (fd, bytes))),
+                    Err(error) => tracing::error!(%error, segment = id, "granted segment"),
                 }
             }
             Err(error) => {
@@ -120,9 +132,14 @@ impl Memory {
         }
     }
 
-    /// The agent was restarted and forgot what it was asked.
-    pub(crate) fn ask_again(&mut self) {
+    /// The agent was restarted: it may have died with a segment in its hands, and forgot what it was asked.
+    pub(crate) fn tell_again(&mut self, agent: &SyncChannel) -> Result<(), ChannelError> {
         self.asked = None;
+        let chain = self.arena.spec().chain;
+        for (segment, (fd, bytes)) in &self.own {
+            agent.send(&ToAgent::Segment { chain, segment: *segment, bytes: *bytes }, &[fd.as_fd()])?;
+        }
+        Ok(())
     }
 
     /// Maps a member's segment.

@@ -192,7 +192,7 @@ impl Function {
                 tracing::debug!(reason, "no segment for now");
                 work.memory.was_refused(request);
             }
-            (FromAgent::Adopted, Some(work)) => work.memory.ask_again(),
+            (FromAgent::Adopted, Some(work)) => work.memory.tell_again(&self.agent)?,
             (FromAgent::Drain, _) => self.drain = true,
             (other, _) => tracing::warn!(?other, "order ignored"),
         }
@@ -368,9 +368,11 @@ impl Work {
         send(socket, &group)?;
         // The gateway learns in this order that the new sum stands for the old one, whoever dies now: its slot is free.
         let old = self.round.current.replace(Held { key: sum.key, count: sum.count, weight: sum.weight });
-        old.map(|old| self.release(old.key));
+        if let Some(old) = old {
+            self.release(old.key);
+        }
         failpoint("function.sealed");
-        if last { self.to_parent(socket, sealed) } else { Ok(()) }
+        if last { self.send_to_parent(socket, sealed) } else { Ok(()) }
     }
 
     /// The sum is complete as it was announced: says so, and hands it to the parent.
@@ -381,10 +383,10 @@ impl Work {
         sealed.flags |= flags::FINAL;
         send(socket, &[sealed])?;
         failpoint("function.sealed");
-        self.to_parent(socket, sealed)
+        self.send_to_parent(socket, sealed)
     }
 
-    fn to_parent(&mut self, socket: &DescriptorSocket, sealed: Descriptor) -> Result<(), FunctionError> {
+    fn send_to_parent(&mut self, socket: &DescriptorSocket, sealed: Descriptor) -> Result<(), FunctionError> {
         let parent = self.config.parent.unwrap_or(role::GATEWAY);
         let partial = Descriptor { kind: Kind::Partial as u8, dst: parent, flags: 0, ..sealed };
         self.round.complete = true;
@@ -410,7 +412,14 @@ impl Work {
         let sum_key = last.map(|sum| sum.key).or(self.round.current.map(|held| held.key));
         let base = self.round.base.as_ref().and_then(|base| self.memory.object(base.key()).ok());
         let sum = sum_key.and_then(|key| self.memory.object(key).ok());
-        let slot = self.memory.reserve(agent)?;
+        let slot = match self.memory.free_slot() {
+            // Announced, the last sum frees the one before it: the model takes that slot and needs none of its own.
+            None if last.is_some() && self.round.current.is_some() => {
+                return self.keep_for_later(socket, inputs, last).map(|()| true);
+            }
+            None => self.memory.reserve(agent)?,
+            free => free,
+        };
         let (Some(base), Some(sum), Some(mut slot)) = (base, sum, slot) else {
             return self.keep_for_later(socket, inputs, last).map(|()| false);
         };

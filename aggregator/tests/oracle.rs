@@ -2,6 +2,8 @@
 //!
 //! Real aggregators over real sockets, segments and the userspace router. The test plays agent and gateway.
 
+#![expect(clippy::unwrap_used, reason = "a harness of a test: a failure anywhere is the test's")]
+
 use std::{
     collections::HashMap,
     os::fd::{AsFd, OwnedFd},
@@ -38,7 +40,9 @@ struct Update {
     dtypes: (Element, Element),
 }
 
-type Segments = Arc<(Mutex<HashMap<u32, (u32, OwnedFd)>>, Condvar)>;
+/// Segments by id with the role of their writer, and who waits for one.
+type Known = (Mutex<HashMap<u32, (u32, OwnedFd)>>, Condvar);
+type Segments = Arc<Known>;
 
 /// A chain of aggregators whose agent and gateway the test is.
 struct Chain {
@@ -275,7 +279,7 @@ impl Chain {
 fn play_agent(
     control: &SyncChannel,
     role: u32,
-    segments: &(Mutex<HashMap<u32, (u32, OwnedFd)>>, Condvar),
+    segments: &Known,
     controls: &Mutex<Vec<Arc<SyncChannel>>>,
     next: &AtomicU32,
 ) {

@@ -158,7 +158,7 @@ fn against_memcpy(memory: &mut Memory, rounds: &mut Rounds) -> anyhow::Result<()
 fn above_l2() -> anyhow::Result<usize> {
     let text = std::fs::read_to_string("/sys/devices/system/cpu/cpu0/cache/index2/size")?;
     let kib: usize = text.trim().trim_end_matches('K').parse()?;
-    Ok((2 * kib << 10).min(ELEMENTS * 4))
+    Ok(((2 * kib) << 10).min(ELEMENTS * 4))
 }
 
 fn narrow_and_fixed(memory: &mut Memory, rounds: &mut Rounds) -> anyhow::Result<()> {

@@ -273,8 +273,7 @@ mod tests {
 
     fn check_permuted(slot: &[u8], layout: &Layout) {
         let run = |first, elements, offset, dtype| Run { first, elements, offset, dtype };
-        let expected =
-            [run(0, 3, 0, Element::F32), run(3, 4, 64, Element::F16), run(7, 2, 128, Element::F32)];
+        let expected = [run(0, 3, 0, Element::F32), run(3, 4, 64, Element::F16), run(7, 2, 128, Element::F32)];
         assert_eq!(layout.runs, expected);
         assert_eq!(layout.length, 136);
         assert_eq!(&slot[..12], bytes(&A));
@@ -360,7 +359,8 @@ mod tests {
         assert_eq!(parse_sha256(text), Some(digest));
         assert_eq!(parse_sha256(&text.to_uppercase().replace("SHA256", "sha256")), Some(digest));
         assert_eq!(is_sha256(&digest, &digest), Some(true));
-        for bad in ["", "sha256-", "md5-00", &text[1..], &text[..text.len() - 1], &format!("sha256-{}", "é".repeat(32))] {
+        for bad in ["", "sha256-", "md5-00", &text[1..], &text[..text.len() - 1], &format!("sha256-{}", "é".repeat(32))]
+        {
             assert_eq!(parse_sha256(bad), None, "{bad}");
         }
     }

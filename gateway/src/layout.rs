@@ -112,11 +112,13 @@ fn bytes_of(tensor: &Tensor) -> u64 {
 /// The manifest keeps its tensors in the order of their bytes; this is where `name` is.
 fn index_of(update: &Manifest, name: &str) -> Option<usize> {
     let wanted = update.tensor(name)?;
-    let found = update.tensors().partition_point(|t| (t.begin, t.end, &t.name) < (wanted.begin, wanted.end, &wanted.name));
+    let found =
+        update.tensors().partition_point(|t| (t.begin, t.end, &t.name) < (wanted.begin, wanted.end, &wanted.name));
     Some(found)
 }
 
-const fn element(dtype: FloatDtype) -> (Element, Dtype) {
+/// How a float type is called in slots, and in kernels.
+pub(crate) const fn element(dtype: FloatDtype) -> (Element, Dtype) {
     match dtype {
         FloatDtype::F32 => (Element::F32, Dtype::F32),
         FloatDtype::F16 => (Element::F16, Dtype::F16),

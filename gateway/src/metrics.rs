@@ -78,7 +78,9 @@ impl Collector for Shm {
             let (live, free) = (arena.live_slots(), arena.free_slots());
             let old: u64 = inner.own.values().filter(|own| own.old.is_some()).map(|own| own.bytes).sum();
             let of = |slots: usize| slot.saturating_mul(i64::try_from(slots).unwrap_or(i64::MAX));
-            for (state, bytes) in [("live", of(live)), ("free", of(free)), ("old", i64::try_from(old).unwrap_or(i64::MAX))] {
+            for (state, bytes) in
+                [("live", of(live)), ("free", of(free)), ("old", i64::try_from(old).unwrap_or(i64::MAX))]
+            {
                 self.bytes.with_label_values(&[chain.namespace.as_str(), chain.job.as_str(), state]).set(bytes);
             }
         }

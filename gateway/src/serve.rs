@@ -103,9 +103,10 @@ async fn connection(gateway: Arc<Gateway>, server: &auto::Builder<TokioExecutor>
     let mut draining = gateway.draining.subscribe();
     let head = Duration::from_millis(gateway.config.header_timeout_ms);
     // The version is told by the first bytes: who sends none is not waited for longer than for a head.
+    let mut first = [0];
     tokio::select! {
-        ready = tokio::time::timeout(head, stream.readable()) => match ready {
-            Ok(Ok(())) => {}
+        ready = tokio::time::timeout(head, stream.peek(&mut first)) => match ready {
+            Ok(Ok(1)) => {}
             _ => return,
         },
         _ = draining.wait_for(|draining| *draining) => return,

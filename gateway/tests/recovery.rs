@@ -80,9 +80,42 @@ async fn promised_updates_survive_and_are_sent_again() {
     let answer = sixth.update(Update::new("b", &b, "u"), &body).await;
     assert_eq!((answer.status, answer.json()["duplicate"].as_bool()), (202, Some(true)));
     // Nothing of the first lives is in use any more: their segments are given back.
-    while sixth.agent.dropped.lock().unwrap().is_empty() {
+    while sixth.store.lock().unwrap().contains_key("segment/7/0") {
         tokio::task::yield_now().await;
     }
+}
+
+#[tokio::test]
+async fn what_is_on_disk_survives_the_machine() {
+    let dir = tempfile::tempdir().unwrap();
+    let disk = |spec: &mut serde_json::Value| spec["ackLevel"] = "Disk".into();
+    let body = tensors::model(ONES);
+    let refusing = Node::start(json!({})).await;
+    refusing.job(disk, &tensors::model([0.0; 5]), None).await;
+    refusing.open(1, &["a"], 2, Tree::default()).await;
+    let a = refusing.join("a").await;
+    let answer = refusing.update(Update::new("a", &a, "u"), &body).await;
+    assert_eq!((answer.status, answer.code().as_str()), (503, "journal_failed"));
+    assert!(answer.header("retry-after").is_some());
+
+    let config = json!({"journal_dir": dir.path()});
+    let first = Node::start(config.clone()).await;
+    first.job(disk, &tensors::model([0.0; 5]), None).await;
+    first.open(1, &["a", "b"], 2, Tree::default()).await;
+    let a = first.join("a").await;
+    assert_eq!(first.update(Update::new("a", &a, "u"), &body).await.status, 202);
+    drop(first.kill().await);
+
+    // Another machine as far as memory goes: no ledger, no segment, the same disk and the same key of tokens.
+    let second = Node::start(config).await;
+    second.job(disk, &tensors::model([0.0; 5]), None).await;
+    second.open(1, &["a", "b"], 2, Tree::default()).await;
+    let sent = second.descriptor_of(Kind::Update).await;
+    let segment = second.segment(sent.segment).await;
+    let object = segment.described(&sent, 5).unwrap();
+    assert_eq!((object.run_f32(&object.runs()[0]).unwrap(), sent.weight()), (&ONES[..], 10.0));
+    let answer = second.update(Update::new("a", &a, "u"), &body).await;
+    assert_eq!((answer.status, answer.json()["duplicate"].as_bool()), (202, Some(true)));
 }
 
 #[tokio::test]

@@ -196,7 +196,10 @@ async fn routes_methods_and_conditional_models() {
         }
     }
     let head = http::call(node.address, "HEAD", &path("/model"), &[], &[]).await;
-    assert_eq!((head.header("etag"), head.header("content-length")), (Some("\"0\""), Some(model.len().to_string().as_str())));
+    assert_eq!(
+        (head.header("etag"), head.header("content-length")),
+        (Some("\"0\""), Some(model.len().to_string().as_str()))
+    );
     for tag in ["\"0\"", "W/\"0\"", "\"5\", \"0\"", "*"] {
         let answer = http::call(node.address, "GET", &path("/model"), &[("if-none-match", tag.to_owned())], &[]).await;
         assert_eq!((answer.status, answer.body.len()), (304, 0), "{tag}");
@@ -209,7 +212,8 @@ async fn routes_methods_and_conditional_models() {
 async fn a_secret_is_asked_for_and_tokens_outlive_the_gateways_memory() {
     let node = Node::start(json!({})).await;
     node.job(|_| {}, &tensors::model([0.0; 5]), Some("open sesame")).await;
-    let event = json!({"specversion": "1.0", "id": "1", "type": lifl_api::event::types::AVAILABLE, "source": source("a")});
+    let event =
+        json!({"specversion": "1.0", "id": "1", "type": lifl_api::event::types::AVAILABLE, "source": source("a")});
     let join = async |secret: Option<&str>| {
         let mut headers = vec![("content-type", "application/cloudevents+json".to_owned())];
         headers.extend(secret.map(|secret| ("authorization", format!("Bearer {secret}"))));
@@ -275,13 +279,7 @@ async fn the_head_is_judged_before_the_body_is_asked_for() {
     assert_eq!(ask(Update { token: None, ..good }).await.status, 401);
     // A good one is told to go on, and taken.
     let body = tensors::model(ONES);
-    let mut headers = good.headers();
-    headers.push(("expect", "100-continue".to_owned()));
-    let mut stream = TcpStream::connect(node.address).await.unwrap();
-    stream.write_all(&http::head("POST", &path("/events"), &headers, Some(body.len()))).await.unwrap();
-    let mut told = [0; 25];
-    soon("100 Continue", tokio::io::AsyncReadExt::read_exact(&mut stream, &mut told)).await.unwrap();
-    assert!(told.starts_with(b"HTTP/1.1 100 Continue"));
+    let mut stream = http::begin(node.address, &path("/events"), &good.headers(), body.len()).await;
     stream.write_all(&body).await.unwrap();
     assert_eq!(http::answer(&mut stream, "POST").await.status, 202);
 }
@@ -291,14 +289,8 @@ async fn a_drained_gateway_answers_polls_finishes_uploads_and_takes_no_more() {
     let node = node(json!({"heartbeat_ms": 0}), 4).await;
     let (a, b) = (node.join("a").await, node.join("b").await);
     let body = tensors::model(ONES);
-    let mut upload = TcpStream::connect(node.address).await.unwrap();
     let headers = Update::new("a", &a, "u").headers();
-    upload.write_all(&http::head("POST", &path("/events"), &headers, Some(body.len()))).await.unwrap();
-    upload.write_all(&body[..20]).await.unwrap();
-    // The upload is under way once another one of this client is told so.
-    while node.update(Update::new("a", &a, "u"), &body).await.code() != "in_progress" {
-        tokio::task::yield_now().await;
-    }
+    let mut upload = http::begin(node.address, &path("/events"), &headers, body.len()).await;
     // b has nothing to do in this round: its poll waits, and the drain is what answers it.
     let word = ToGateway::Extend { chain: harness::CHAIN, round: 1, selected: vec!["a".into()], deadline_ms: 0 };
     node.say(&word).await;
@@ -310,7 +302,7 @@ async fn a_drained_gateway_answers_polls_finishes_uploads_and_takes_no_more() {
     node.supervisor.drain().await.unwrap();
     let task = soon("the poll", poll).await.unwrap();
     assert_eq!((task.status, task.json()["state"].as_str()), (200, Some("wait")));
-    upload.write_all(&body[20..]).await.unwrap();
+    upload.write_all(&body).await.unwrap();
     assert_eq!(http::answer(&mut upload, "POST").await.status, 202);
     node.drained().await;
 }

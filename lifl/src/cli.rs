@@ -77,6 +77,9 @@ pub struct UpArgs {
     /// File with the secret that clients present when they join, for jobs without `auth` of their own.
     #[arg(long)]
     pub join_token_file: Option<PathBuf>,
+    /// Where the journals of jobs with `ackLevel: Disk` lie; as root the gateway's own user must be able to reach it.
+    #[arg(long, value_name = "FOLDER", default_value = "/var/lib/lifl")]
+    pub state_dir: PathBuf,
     /// Listen on other addresses than loopback although there is neither TLS nor a join secret.
     #[arg(long)]
     pub insecure: bool,
@@ -115,7 +118,7 @@ pub struct DemoArgs {
     #[arg(long)]
     pub userspace: bool,
     /// Seed of data split, selection and training.
-    #[arg(long, default_value_t = 1)]
+    #[arg(long, default_value_t = 2)]
     pub seed: u64,
     /// Rounds at most.
     #[arg(long, default_value_t = 40)]

@@ -8,6 +8,7 @@ use std::{
     thread::{self, JoinHandle},
 };
 
+use lifl_api::job::AckLevel;
 use lifl_daemon::{ChildSpec, Deposit, Supervisor, SupervisorError, admin};
 use serde_json::{Value, json};
 use tokio::sync::{oneshot, watch};
@@ -34,6 +35,8 @@ pub struct PlatformConfig {
     pub failpoints: Vec<String>,
     /// Settings of components beyond these, by component.
     pub settings: Value,
+    /// Where the journals of jobs with `ackLevel: Disk` lie.
+    pub state_dir: PathBuf,
     /// What components log: `error`, `warn`, `info`, `debug`.
     pub log_level: String,
 }
@@ -207,11 +210,26 @@ fn specs(config: &PlatformConfig, listener: OwnedFd) -> io::Result<Vec<ChildSpec
     };
     let agent = json!({"shm_limit": shm_limit, "userspace": config.userspace, "function_failpoint": function_failpoint, "log_level": config.log_level});
     let agent = spec("agent", &["gateway", "coordinator"], with("agent", agent), None);
-    let mut gateway =
-        spec("gateway", &["agent", "coordinator"], with("gateway", json!({})), root.then_some(GATEWAY_UID));
+    let journals = match config.jobs.iter().any(|file| file.job.spec.ack_level == AckLevel::Disk) {
+        true => json!({"journal_dir": journal_dir(config, root)?}),
+        false => json!({}),
+    };
+    let gateway_uid = root.then_some(GATEWAY_UID);
+    let mut gateway = spec("gateway", &["agent", "coordinator"], with("gateway", journals), gateway_uid);
     gateway.deposits.push(Deposit { key: "listener".into(), meta: Value::Null, fds: vec![listener] });
     let coordinator = with("coordinator", json!({"jobs": jobs, "shm_limit": shm_limit}));
     Ok(vec![agent, gateway, spec("coordinator", &["agent", "gateway"], coordinator, None)])
+}
+
+/// The gateway's own folder for journals.
+fn journal_dir(config: &PlatformConfig, root: bool) -> io::Result<PathBuf> {
+    let dir = std::path::absolute(config.state_dir.join("journal"))?;
+    let told = |source: io::Error| io::Error::new(source.kind(), format!("journal folder {}: {source}", dir.display()));
+    fs::create_dir_all(&dir).map_err(told)?;
+    if root {
+        std::os::unix::fs::chown(&dir, Some(GATEWAY_UID), Some(GATEWAY_UID)).map_err(told)?;
+    }
+    Ok(dir)
 }
 
 /// Memory of this machine, or of the container that this process is in, whichever is less.

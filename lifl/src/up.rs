@@ -51,6 +51,7 @@ pub fn run(args: &UpArgs, log: LogFormat, log_level: &str) -> Result<()> {
         userspace: args.platform.userspace,
         failpoints: args.platform.failpoint.clone(),
         settings: serde_json::Value::Null,
+        state_dir: args.state_dir.clone(),
         log_level: log_level.to_owned(),
     })?;
     let failed = tokio::runtime::Builder::new_current_thread().enable_all().build()?.block_on(serve(&platform))?;

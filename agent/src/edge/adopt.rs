@@ -7,7 +7,7 @@ use std::{
 };
 
 use lifl_api::node::FromAgent;
-use lifl_daemon::{Channel, Child, Deposit, Startup};
+use lifl_daemon::{Channel, Child, Deposit, Startup, failpoint};
 use lifl_ebpf::Path;
 use lifl_ebpf_common::{
     maps::{ANY_CHAIN, Member as Seat, RouteKey},
@@ -16,7 +16,7 @@ use lifl_ebpf_common::{
 use serde::de::DeserializeOwned;
 use tokio::sync::mpsc;
 
-use super::{Agent, AgentError, Event, hear, tell};
+use super::{Agent, AgentError, Event, hear, segments::segments_of, tell};
 use crate::{
     cgroup::Cgroups,
     config::Config,
@@ -45,9 +45,9 @@ impl Kept {
             let mut fds = fds.into_iter();
             let mut parts = key.split('/');
             let kind = parts.next().unwrap_or_default();
-            let numbers: Vec<u32> = parts.clone().filter_map(|part| part.parse().ok()).collect();
+            let numbers: Vec<u32> = parts.filter_map(|part| part.parse().ok()).collect();
             match (kind, &numbers[..]) {
-                ("path", _) => kept.path.extend(parts.next().map(str::to_owned).zip(fds.next())),
+                ("path", _) => kept.path = read::<Vec<String>>(&key, meta).into_iter().flatten().zip(fds).collect(),
                 ("gateway-socket", _) => kept.gateway_socket = fds.next().zip(fds.next()),
                 ("chain", [chain]) => kept.chains.extend(read(&key, meta).map(|meta| (*chain, meta))),
                 ("segment", [chain, id]) => {
@@ -81,30 +81,30 @@ impl Agent {
     ) -> Result<Self, AgentError> {
         let config: Config = serde_json::from_value(startup.config)?;
         let mut kept = Kept::sort(startup.restored);
-        let first = kept.gateway_socket.is_none();
-        let path = if kept.path.is_empty() {
-            Self::load_path(&config)?
-        } else {
-            Path::adopt(std::mem::take(&mut kept.path)).map_err(|e| std::io::Error::other(e.to_string()))?
+        let path = match kept.path.is_empty() {
+            true => Self::load_path(&config)?,
+            false => Path::adopt(std::mem::take(&mut kept.path)).map_err(|e| std::io::Error::other(e.to_string()))?,
         };
-        if first {
-            for (name, fd) in path.fds()? {
-                child.deposit(&format!("path/{name}"), &(), &[fd.as_fd()]).await?;
-            }
+        // All of it at once: half a path could neither be adopted nor be made anew.
+        let (names, fds): (Vec<_>, Vec<_>) = path.fds()?.into_iter().unzip();
+        if !names.is_empty() {
+            let fds: Vec<_> = fds.iter().map(AsFd::as_fd).collect();
+            child.deposit("path", &names, &fds).await?;
         }
-        let in_kernel = path.kind() == lifl_ebpf::PathKind::Ebpf;
-        let gateway_socket = match kept.gateway_socket.take() {
-            Some((socket, near)) => {
-                path.register((!in_kernel).then_some(socket.as_fd()), near.as_fd(), GATEWAY)?;
-                (socket, near)
-            }
+        failpoint("agent.path_kept");
+        // Kept before it is used, as every socket: a successor finds each seat that is taken.
+        let (socket, near) = match kept.gateway_socket.take() {
+            Some(pair) => pair,
             None => {
                 let (socket, near) = lifl_ebpf::pair()?;
-                path.register(Some(socket.as_fd()), near.as_fd(), GATEWAY)?;
                 child.deposit("gateway-socket", &(), &[socket.as_fd(), near.as_fd()]).await?;
                 (socket, near)
             }
         };
+        if path.register(None, near.as_fd(), GATEWAY).is_err() {
+            path.register(Some(socket.as_fd()), near.as_fd(), GATEWAY)?;
+        }
+        failpoint("agent.registered");
         let supervisor = rustix::process::getppid().map_or(0, |pid| pid.as_raw_nonzero().get());
         let mut agent = Self {
             failpoint: config.function_failpoint.clone().filter(|_| startup.first),
@@ -115,8 +115,9 @@ impl Agent {
             path: Arc::new(path),
             gateway: None,
             coordinator: None,
-            gateway_socket,
+            gateway_socket: (socket, near),
             events,
+            first: startup.first,
         };
         agent.observe()?;
         agent.adopt(kept).await?;
@@ -177,11 +178,19 @@ impl Agent {
             return self.orphan(chain, seat).await;
         }
         let channel = Arc::new(Channel::new(control)?);
-        let member = Member { meta, channel: channel.clone(), pidfd: Arc::new(pidfd), socket: None, last_words: None };
-        if let Some(entry) = self.state().chains.get_mut(&chain) {
-            entry.members.insert(role, member);
-        }
+        let pidfd = Arc::new(pidfd);
+        let member = Member { meta, channel: channel.clone(), pidfd, socket: None, adopted: true, last_words: None };
+        let segments = {
+            let mut state = self.state();
+            state.chains.get_mut(&chain).map_or_else(Vec::new, |entry| {
+                entry.members.insert(role, member);
+                segments_of(chain, entry)
+            })
+        };
         tell(Some(&channel), &FromAgent::Adopted, &[]).await;
+        for (word, fd) in segments {
+            tell(Some(&channel), &word, &[fd.as_fd()]).await;
+        }
         hear(channel, self.events.clone(), move |word, fds| Event::Function(seat, word, fds), Some(Event::Ended(seat)));
         Ok(())
     }

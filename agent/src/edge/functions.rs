@@ -6,7 +6,7 @@ use std::{
 };
 
 use lifl_api::node::{FromAgent, NodeEvent, RoleConfig, ToAgent};
-use lifl_daemon::Channel;
+use lifl_daemon::{Channel, failpoint};
 use lifl_ebpf_common::{
     LAYOUT_VERSION,
     maps::{MAX_MEMBERS, Member as Seat, RouteKey},
@@ -56,10 +56,12 @@ impl Agent {
             tracing::warn!(%error, chain, role, "function without limits: its cgroup cannot be set up");
         }
         let (socket, near) = lifl_ebpf::pair()?;
-        self.path.register(Some(socket.as_fd()), near.as_fd(), Seat { chain, role, counter: seat, reserved: 0 })?;
         let meta = MemberMeta { chain, seat, pid: spawned.pid, config, settled: false };
         let fds = [spawned.control.as_fd(), near.as_fd(), spawned.pidfd.as_fd()];
+        // Before the seat is taken: a successor that knew nothing of it would take it again, and be refused.
         self.child.deposit(&format!("member/{seat}"), &meta, &fds).await?;
+        self.path.register(Some(socket.as_fd()), near.as_fd(), Seat { chain, role, counter: seat, reserved: 0 })?;
+        failpoint("agent.registered");
         self.path.set_route(RouteKey { chain, dst: role }, seat)?;
         let channel = Arc::new(Channel::new(spawned.control)?);
         let member = Member {
@@ -67,11 +69,13 @@ impl Agent {
             channel: channel.clone(),
             pidfd: Arc::new(spawned.pidfd),
             socket: Some(socket),
+            adopted: false,
             last_words: None,
         };
         if let Some(entry) = self.state().chains.get_mut(&chain) {
             entry.members.insert(role, member);
         }
+        failpoint("agent.started");
         hear(channel, self.events.clone(), move |word, fds| Event::Function(seat, word, fds), Some(Event::Ended(seat)));
         Ok(())
     }
@@ -164,6 +168,7 @@ impl Agent {
             }
             ToAgent::Failed { reason } => self.last_words(seat, reason),
             ToAgent::Folded { ns, .. } => {
+                failpoint("agent.folded");
                 let top = {
                     let mut state = self.state();
                     let Some((chain, at)) = state.find(seat) else { return Ok(()) };
@@ -200,12 +205,13 @@ impl Agent {
             let Some(socket) = member.socket.take() else { return Ok(()) };
             (member.channel.clone(), chain, member.meta.config.clone(), socket, segments)
         };
-        let failpoint = self.take_failpoint(config.role);
-        tell(Some(&channel), &FromAgent::Role { chain, config, failpoint }, &[]).await;
+        let armed = self.take_failpoint(config.role);
+        tell(Some(&channel), &FromAgent::Role { chain, config, failpoint: armed }, &[]).await;
         for (word, fd) in segments {
             tell(Some(&channel), &word, &[fd.as_fd()]).await;
         }
         tell(Some(&channel), &FromAgent::DataSocket, &[socket.as_fd()]).await;
+        failpoint("agent.settled");
         Ok(())
     }
 
@@ -226,6 +232,7 @@ impl Agent {
             return;
         };
         process::kill(pidfd.as_fd());
+        failpoint("agent.ended");
         let (events, path) = (self.events.clone(), self.path.clone());
         tokio::task::spawn_blocking(move || {
             let status = process::reap(&pidfd);
@@ -247,6 +254,7 @@ impl Agent {
         tracing::warn!(chain, role, reason, "function died");
         self.leave_path(seat)?;
         self.child.remove(&format!("member/{seat}")).await?;
+        failpoint("agent.buried");
         self.orphan(chain, seat).await?;
         self.bury(chain, role, seat, member.pidfd);
         let event = NodeEvent::MemberDied { chain, role, reason: reason.to_owned() };
@@ -258,6 +266,7 @@ impl Agent {
             return Ok(());
         }
         self.carry_out(chain).await?;
+        failpoint("agent.replaced");
         tell(self.gateway.as_ref(), &FromAgent::Replaced { chain, role }, &[]).await;
         Ok(())
     }

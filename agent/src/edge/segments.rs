@@ -3,6 +3,7 @@
 use std::os::fd::{AsFd, OwnedFd};
 
 use lifl_api::node::{FromAgent, ToAgent};
+use lifl_daemon::failpoint;
 use lifl_ebpf_common::role;
 use lifl_shm::SegmentReader;
 
@@ -66,14 +67,21 @@ impl Agent {
     ) -> Result<(), AgentError> {
         let answer = {
             let mut state = self.state();
-            let known = state.chains.contains_key(&chain);
+            let owner = seat.unwrap_or(GATEWAY_SEAT);
+            // A writer asks for one after another. What it was granted and has not made, it was not told of, because one of the
+            // two was restarted in between.
+            let untold = state.chains.get(&chain).and_then(|entry| {
+                let mut own = entry.segments.iter().filter(|(_, s)| s.meta.seat == owner && s.meta.orphan.is_none());
+                own.find(|(_, s)| s.fd.is_none() && s.meta.bytes == bytes).map(|(id, _)| *id)
+            });
+            let known = state.chains.contains_key(&chain) && untold.is_none();
             let reserved = if known { state.quota.reserve(chain, bytes).map_err(|e| e.to_string()) } else { Ok(()) };
             state.note_peak();
             match (state.chains.get_mut(&chain), reserved) {
                 (Some(entry), Ok(())) => {
-                    let segment = entry.meta.next_segment;
-                    entry.meta.next_segment += 1;
-                    let meta = SegmentMeta { writer, seat: seat.unwrap_or(GATEWAY_SEAT), bytes, orphan: None };
+                    let segment = untold.unwrap_or(entry.meta.next_segment);
+                    entry.meta.next_segment = entry.meta.next_segment.max(segment + 1);
+                    let meta = SegmentMeta { writer, seat: owner, bytes, orphan: None };
                     entry.segments.insert(segment, Segment { meta, fd: None });
                     Ok((segment, meta, entry.meta.clone()))
                 }
@@ -85,6 +93,7 @@ impl Agent {
             Ok((segment, meta, chain_meta)) => {
                 self.child.deposit(&format!("chain/{chain}"), &chain_meta, &[]).await?;
                 self.child.deposit(&format!("segment/{chain}/{segment}"), &meta, &[]).await?;
+                failpoint("agent.granted");
                 FromAgent::Granted { request, chain, segment }
             }
             Err(reason) => FromAgent::Refused { request, chain, reason },
@@ -110,11 +119,17 @@ impl Agent {
         id: u32,
         fd: OwnedFd,
     ) -> Result<(), AgentError> {
+        // An adopted writer tells all its segments again.
+        let owner = seat.unwrap_or(GATEWAY_SEAT);
+        let known = |entry: &Chain| entry.segments.get(&id).is_some_and(|s| s.meta.seat == owner && s.fd.is_some());
+        if self.state().chains.get(&chain).is_some_and(known) {
+            return Ok(());
+        }
+        failpoint("agent.checked");
         let checked = SegmentReader::map(&fd, chain, id).map(|reader| reader.bytes());
         let meta = {
             let mut state = self.state();
             let entry = state.chains.get_mut(&chain).and_then(|c| c.segments.get_mut(&id));
-            let owner = seat.unwrap_or(GATEWAY_SEAT);
             match (entry, checked) {
                 (Some(entry), Ok(bytes))
                     if entry.meta.seat == owner && entry.fd.is_none() && bytes <= entry.meta.bytes =>
@@ -131,6 +146,7 @@ impl Agent {
             }
         };
         self.child.deposit(&format!("segment/{chain}/{id}"), &meta, &[fd.as_fd()]).await?;
+        failpoint("agent.shared");
         let word = FromAgent::Segment { chain, segment: id, writer };
         for to in self.readers(chain, meta.seat) {
             tell(Some(&to), &word, &[fd.as_fd()]).await;
@@ -143,7 +159,9 @@ impl Agent {
         let gateway = self.gateway.clone().filter(|_| writer_seat != GATEWAY_SEAT);
         let state = self.state();
         let members = state.chains.get(&chain).into_iter().flat_map(|entry| entry.members.values());
-        let members = members.filter(|member| member.meta.seat != writer_seat).map(|member| member.channel.clone());
+        // One that has no role yet is told of all segments with it.
+        let members = members.filter(|member| member.meta.seat != writer_seat && member.socket.is_none());
+        let members = members.map(|member| member.channel.clone());
         members.chain(gateway).collect()
     }
 

@@ -116,6 +116,7 @@ impl Ours {
             failpoints: Vec::new(),
             // Between its turns the platform's clients are silent while others have theirs.
             settings: json!({"gateway": {"heartbeat_ms": 3_600_000}}),
+            state_dir: folder.path().to_owned(),
             log_level: "warn".into(),
         })?;
         let ready = tokio::runtime::Builder::new_current_thread().enable_all().build()?;

@@ -47,7 +47,9 @@ impl From<&LedgerError> for Ignored {
         match error {
             LedgerError::Unknown(_) => Self::UnknownObject,
             LedgerError::NotHolder { .. } | LedgerError::Contained { .. } | LedgerError::Conflict(_) => Self::NotHolder,
-            LedgerError::WrongRound { .. } | LedgerError::RoundOpen(_) | LedgerError::RoundClosed(_) => Self::WrongRound,
+            LedgerError::WrongRound { .. } | LedgerError::RoundOpen(_) | LedgerError::RoundClosed(_) => {
+                Self::WrongRound
+            }
             LedgerError::Count { .. } | LedgerError::Weight { .. } | LedgerError::Field { .. } => Self::Numbers,
             _ => Self::Ledger,
         }

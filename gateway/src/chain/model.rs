@@ -125,7 +125,13 @@ impl Inner {
         };
         if self.measure.is_none() {
             match Manifest::parse(object.payload()) {
-                Ok(manifest) => self.measure = Some(Arc::new(Measure::new(manifest, &self.meta.job.spec.update))),
+                Ok(manifest) => {
+                    let measure = Arc::new(Measure::new(manifest, &self.meta.job.spec.update));
+                    if let Err(error) = self.make_arena(&measure) {
+                        tracing::error!(chain = self.chain, %error, "no slots");
+                    }
+                    self.measure = Some(measure);
+                }
                 Err(error) => tracing::error!(chain = self.chain, %error, "model is not readable"),
             }
         }
@@ -157,7 +163,13 @@ impl Inner {
         let reader = match SegmentReader::map(&fd, self.chain, segment) {
             Ok(reader) if reader.spec().writer == writer => reader,
             Ok(reader) => {
-                tracing::error!(chain = self.chain, segment, writer, said = reader.spec().writer, "segment of another writer");
+                tracing::error!(
+                    chain = self.chain,
+                    segment,
+                    writer,
+                    said = reader.spec().writer,
+                    "segment of another writer"
+                );
                 return false;
             }
             Err(error) => {

@@ -70,7 +70,9 @@ impl Claim {
         }
         if source != client_source(namespace, job, &client) {
             let wanted = client_source(namespace, job, &client);
-            return Err(Code::ForeignSource.with(format!("source '{source}' is not that of client '{client}': '{wanted}'")));
+            return Err(
+                Code::ForeignSource.with(format!("source '{source}' is not that of client '{client}': '{wanted}'"))
+            );
         }
         let named = text(attributes::JOB)?;
         if named != job {
@@ -149,10 +151,14 @@ impl Inner {
         self.is_open(claim.round)?;
         let open = self.meta.open.as_ref();
         if !open.is_some_and(|open| open.selected.contains(&claim.client)) {
-            return Err(Code::NotSelected.with(format!("client '{}' is not selected for round {}", claim.client, claim.round)));
+            return Err(
+                Code::NotSelected.with(format!("client '{}' is not selected for round {}", claim.client, claim.round))
+            );
         }
         if self.reported.contains(&claim.client) {
-            return Err(Code::OnePerRound.with(format!("client '{}' has an update in round {}", claim.client, claim.round)));
+            return Err(
+                Code::OnePerRound.with(format!("client '{}' has an update in round {}", claim.client, claim.round))
+            );
         }
         if let Some(other) = self.uploading.get(&claim.client) {
             return Err(Code::ClientBusy.with(format!("client '{}' is sending '{other}' already", claim.client)));
@@ -185,7 +191,8 @@ impl Inner {
     fn known(&self, claim: &Claim) -> Result<Option<Receipt>, Refusal> {
         let known = self.ledger.find(&claim.client, &claim.id).and_then(|index| self.ledger.update(index));
         let Some(update) = known else { return Ok(None) };
-        let other = |what: &str| Code::OtherContent.with(format!("event '{}' was accepted with another {what}", claim.id));
+        let other =
+            |what: &str| Code::OtherContent.with(format!("event '{}' was accepted with another {what}", claim.id));
         if update.round != claim.round {
             return Err(other("round"));
         }

@@ -88,7 +88,11 @@ impl Inner {
     fn no_slot(&self) -> Refusal {
         let Some(arena) = &self.arena else { return Code::Starting.with("the job's model is not here yet") };
         let reason = self.refused_until.as_ref().map_or("all slots are in use", |(_, reason)| reason);
-        Code::OutOfMemory.with(format!("{reason}; {} of {} bytes of the job's slots exist", arena.bytes(), arena.limit()))
+        Code::OutOfMemory.with(format!(
+            "{reason}; {} of {} bytes of the job's slots exist",
+            arena.bytes(),
+            arena.limit()
+        ))
     }
 }
 

@@ -21,11 +21,7 @@ use crate::{
 };
 
 /// Takes an event of any mode and type.
-pub(crate) async fn post(
-    gateway: &Arc<Gateway>,
-    chain: &Arc<Chain>,
-    request: Request<Incoming>,
-) -> Response<Body> {
+pub(crate) async fn post(gateway: &Arc<Gateway>, chain: &Arc<Chain>, request: Request<Incoming>) -> Response<Body> {
     let (parts, body) = request.into_parts();
     let result = match mode(&parts.headers) {
         Mode::Batch => {
@@ -92,7 +88,9 @@ async fn control(
     match event.kind() {
         types::AVAILABLE => available(gateway, chain, parts, &event),
         types::METRICS => metrics(gateway, chain, parts, &event),
-        types::UPDATE => Err(Code::MediaType.with("updates come in binary mode: attributes as headers, tensors as body")),
+        types::UPDATE => {
+            Err(Code::MediaType.with("updates come in binary mode: attributes as headers, tensors as body"))
+        }
         other => {
             let detail = format!("attribute 'type' is '{other}', which this gateway does not take");
             Err(Code::BadAttribute.with(detail))
@@ -115,7 +113,8 @@ pub(crate) fn length_of(headers: &http::HeaderMap) -> Result<Option<u64>, Refusa
 fn sender(chain: &Chain, event: &Control) -> Result<String, Refusal> {
     let prefix = client_source(&chain.namespace, &chain.job, "");
     let client = event.source().strip_prefix(&prefix).ok_or_else(|| {
-        Code::BadAttribute.with(format!("attribute 'source' is '{}', a client of this job is '{prefix}NAME'", event.source()))
+        Code::BadAttribute
+            .with(format!("attribute 'source' is '{}', a client of this job is '{prefix}NAME'", event.source()))
     })?;
     check_name(client)?;
     for (name, wanted) in [(attributes::CLIENT, client), (attributes::JOB, &chain.job)] {

@@ -41,17 +41,17 @@ pub(crate) async fn get(
     chain: &Arc<Chain>,
     request: &Request<Incoming>,
 ) -> Result<Response<Body>, Refusal> {
-    let (client, wait) = query(request.uri().query().unwrap_or_default())?;
+    let Query { client, wait, model } = query(request.uri().query().unwrap_or_default())?;
     let bearer = auth::client(gateway, chain, request.headers(), &client)?;
     let _alive = Polling::new(chain, &client);
     let deadline = Instant::now() + wait.min(Duration::from_millis(gateway.config.poll_max_ms));
     let (mut changed, mut draining) = (chain.changed.subscribe(), gateway.draining.subscribe());
-    let known = model_round(chain);
+    let known = model.or_else(|| model_round(chain));
     loop {
         changed.borrow_and_update();
         let task = chain.lock().standing(&client).task();
-        // An evaluator waits for models, not for rounds.
-        let news = bearer.role == ClientRole::Evaluator && model_round(chain) != known;
+        // An evaluator waits for models, not for rounds; and so does whoever says which model it knows.
+        let news = (bearer.role == ClientRole::Evaluator || model.is_some()) && model_round(chain) != known;
         if task.state != TaskState::Wait || news || *draining.borrow_and_update() {
             return Ok(json(StatusCode::OK, &task));
         }
@@ -71,8 +71,16 @@ fn model_round(chain: &Chain) -> Option<u32> {
     chain.lock().served.as_ref().map(|served| served.meta.round)
 }
 
-fn query(text: &str) -> Result<(String, Duration), Refusal> {
-    let (mut client, mut wait) = (None, Duration::ZERO);
+/// What a poll asks.
+struct Query {
+    client: String,
+    wait: Duration,
+    /// Round of the model that the client has: another one is news.
+    model: Option<u32>,
+}
+
+fn query(text: &str) -> Result<Query, Refusal> {
+    let (mut client, mut wait, mut model) = (None, Duration::ZERO, None);
     for (name, value) in url::form_urlencoded::parse(text.as_bytes()) {
         match name.as_ref() {
             "client" => client = Some(value.into_owned()),
@@ -80,10 +88,14 @@ fn query(text: &str) -> Result<(String, Duration), Refusal> {
                 let span: Result<Span, _> = value.parse();
                 wait = span.map_err(|error| Code::BadRequest.with(format!("wait: {error}")))?.0;
             }
+            "model" => {
+                let round = value.parse().map_err(|_not_a_number| Code::BadRequest.with(format!("model: '{value}' is not a round")));
+                model = Some(round?);
+            }
             _ => {}
         }
     }
     let client = client.filter(|client| !client.is_empty());
     let client = client.ok_or_else(|| Code::BadRequest.with("the query names no client: task?client=NAME&wait=30s"))?;
-    Ok((client, wait))
+    Ok(Query { client, wait, model })
 }

@@ -60,7 +60,9 @@ pub(crate) async fn take(
     gateway.metrics.received(upload.received());
     let digest = upload.digest();
     if claim.sha256.is_some_and(|claimed| claimed != digest) {
-        return Err(Code::BadDigest.with(format!("the body's digest is {}, not what fldigest says", digest_text(&digest))));
+        return Err(
+            Code::BadDigest.with(format!("the body's digest is {}, not what fldigest says", digest_text(&digest)))
+        );
     }
     let slot = gateway.journals.record(chain, &claim, &meta, digest, slot).await?;
     let sealed = slot.seal(&meta).map_err(|error| {
@@ -145,7 +147,9 @@ pub(crate) async fn header(upload: &mut Upload) -> Result<(Manifest, Vec<u8>, By
     let mut reader = HeaderReader::default();
     loop {
         let Some(mut frame) = upload.frame().await? else {
-            return Err(Code::BadLength.with(format!("the body ended within its header, after {} bytes", upload.received())));
+            return Err(
+                Code::BadLength.with(format!("the body ended within its header, after {} bytes", upload.received()))
+            );
         };
         let read = reader.push(&mut frame).map_err(|error| Code::BadTensors.with(error.to_string()))?;
         if let Some(manifest) = read {
@@ -168,7 +172,9 @@ fn check(measure: &Measure, manifest: &Manifest, length: Option<u64>) -> Result<
 
 pub(crate) fn explain(error: &ScatterError, manifest: &Manifest) -> Refusal {
     match error {
-        ScatterError::TooLong => Code::BadLength.with(format!("more than the {} bytes of the header", manifest.file_bytes())),
+        ScatterError::TooLong => {
+            Code::BadLength.with(format!("more than the {} bytes of the header", manifest.file_bytes()))
+        }
         ScatterError::NotFinite { tensor, element } => {
             let name = manifest.tensors().get(*tensor).map_or("?", |tensor| tensor.name.as_str());
             Code::NotFinite.with(format!("tensor '{name}' is not finite at element {element}"))

@@ -50,7 +50,9 @@ impl Upload {
                 Ok(Some(Ok(frame))) => frame,
                 Ok(Some(Err(error))) => {
                     self.body = None;
-                    return Err(Code::BadLength.with(format!("the body broke off after {} bytes: {error}", self.received)));
+                    return Err(
+                        Code::BadLength.with(format!("the body broke off after {} bytes: {error}", self.received))
+                    );
                 }
                 Ok(None) => {
                     self.body = None;

@@ -212,7 +212,8 @@ impl Reader {
             Kind::Sealed | Kind::Model => {
                 let staged = self.staging.remove(&(said.chain, said.src)).unwrap_or_default();
                 let all = staged.len();
-                let inputs: Vec<_> = staged.into_iter().filter(|(_, to)| *to == said.key()).map(|(key, _)| key).collect();
+                let inputs: Vec<_> =
+                    staged.into_iter().filter(|(_, to)| *to == said.key()).map(|(key, _)| key).collect();
                 if inputs.len() < all {
                     self.gateway.metrics.dropped(Ignored::LoneRelease);
                 }

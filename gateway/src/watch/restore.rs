@@ -1,10 +1,6 @@
 //! A second life: chains, segments and sockets as the supervisor kept them.
 
-use std::{
-    collections::BTreeMap,
-    os::fd::OwnedFd,
-    sync::Arc,
-};
+use std::{collections::BTreeMap, os::fd::OwnedFd, sync::Arc};
 
 use lifl_daemon::Deposit;
 use lifl_ebpf::role;
@@ -106,10 +102,5 @@ impl Inner {
             tracing::error!(chain = self.chain, round = open.round, %error, "round cannot be opened again");
         }
         self.serve_model(&gateway.gone);
-        if let Some(measure) = self.measure.clone()
-            && let Err(error) = self.make_arena(&measure)
-        {
-            tracing::error!(chain = self.chain, %error, "no slots");
-        }
     }
 }

@@ -57,11 +57,7 @@ pub(crate) fn start(gateway: &Arc<Gateway>, inner: Inner, ledger_fd: OwnedFd) ->
     chain
 }
 
-async fn run(
-    gateway: Arc<Gateway>,
-    chain: Arc<Chain>,
-    mut words: mpsc::UnboundedReceiver<(ToGateway, Vec<OwnedFd>)>,
-) {
+async fn run(gateway: Arc<Gateway>, chain: Arc<Chain>, mut words: mpsc::UnboundedReceiver<(ToGateway, Vec<OwnedFd>)>) {
     while let Some((word, fds)) = words.recv().await {
         heed(&gateway, &chain, word, fds).await;
     }
@@ -74,7 +70,9 @@ async fn heed(gateway: &Arc<Gateway>, chain: &Arc<Chain>, word: ToGateway, fds: 
             keep(gateway, chain).await;
         }
         ToGateway::Model { round, length, sha256, .. } => {
-            let Some(fd) = fds.into_iter().next() else { return tracing::error!(chain = chain.id, "model without its file") };
+            let Some(fd) = fds.into_iter().next() else {
+                return tracing::error!(chain = chain.id, "model without its file");
+            };
             if let Err(error) = model(gateway, chain, round, length, sha256, fd).await {
                 tracing::error!(chain = chain.id, round, %error, "model is not taken");
             }
@@ -252,7 +250,8 @@ async fn model(
     if found != sha256 {
         return Err(ModelError::Digest { found, expected: sha256 });
     }
-    let meta = ObjectMeta { kind: ObjectKind::Model, round, count: 0, weight: 0.0, length: length as u64, runs: Vec::new() };
+    let meta =
+        ObjectMeta { kind: ObjectKind::Model, round, count: 0, weight: 0.0, length: length as u64, runs: Vec::new() };
     let sealed = slot.seal(&meta).map_err(|error| ModelError::Slot(error.to_string()))?;
     let named = ModelMeta::new(round, sha256, sealed.key, role::GATEWAY);
     chain.lock().name_model(named);
@@ -307,7 +306,13 @@ fn copy_model(file: &File, mut slot: Slot, length: usize) -> Result<(Slot, Strin
 // === impl Inner: orders ===
 
 impl Inner {
-    fn take_job(&mut self, job: lifl_api::job::FederatedJob, token_key: String, secret: Option<String>, slot_bytes: u64) {
+    fn take_job(
+        &mut self,
+        job: lifl_api::job::FederatedJob,
+        token_key: String,
+        secret: Option<String>,
+        slot_bytes: u64,
+    ) {
         if let Some(key) = Key::new(&token_key) {
             self.key = key;
         }

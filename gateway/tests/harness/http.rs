@@ -48,7 +48,13 @@ pub(crate) fn head(method: &str, path: &str, headers: &[(&str, String)], length:
     out.into_bytes()
 }
 
-pub(crate) async fn call(address: SocketAddr, method: &str, path: &str, headers: &[(&str, String)], body: &[u8]) -> Answer {
+pub(crate) async fn call(
+    address: SocketAddr,
+    method: &str,
+    path: &str,
+    headers: &[(&str, String)],
+    body: &[u8],
+) -> Answer {
     let mut stream = TcpStream::connect(address).await.unwrap();
     let length = (method == "POST").then_some(body.len());
     stream.write_all(&head(method, path, headers, length)).await.unwrap();
@@ -60,6 +66,18 @@ pub(crate) async fn call(address: SocketAddr, method: &str, path: &str, headers:
 pub(crate) async fn get(address: SocketAddr, path: &str, token: Option<&str>) -> Answer {
     let headers: Vec<_> = token.map(|token| ("authorization", format!("Bearer {token}"))).into_iter().collect();
     call(address, "GET", path, &headers, &[]).await
+}
+
+/// Begins an upload; once this returns its head is judged, and the gateway waits for its body.
+pub(crate) async fn begin(address: SocketAddr, path: &str, headers: &[(&str, String)], length: usize) -> TcpStream {
+    let mut headers = headers.to_vec();
+    headers.push(("expect", "100-continue".to_owned()));
+    let mut stream = TcpStream::connect(address).await.unwrap();
+    stream.write_all(&head("POST", path, &headers, Some(length))).await.unwrap();
+    let mut told = [0; 25];
+    soon("100 Continue", stream.read_exact(&mut told)).await.unwrap();
+    assert!(told.starts_with(b"HTTP/1.1 100 Continue"), "{}", String::from_utf8_lossy(&told));
+    stream
 }
 
 /// Reads one answer; 100 Continue is passed over.

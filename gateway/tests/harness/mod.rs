@@ -1,5 +1,6 @@
 //! A gateway in a runtime of its own, with all its neighbours played over the real channels and sockets.
 #![expect(dead_code, reason = "each test file uses its part")]
+#![expect(clippy::unwrap_used, reason = "a test ends where its surroundings fail")]
 
 use std::{
     collections::BTreeMap,
@@ -127,7 +128,18 @@ impl Node {
         });
         let coordinator = supervisor.peer("coordinator").await.unwrap();
         tokio::spawn(grant(Arc::clone(&agent)));
-        Self { address, agent, coordinator, data, store, supervisor, config, runtime: Life(Some(runtime)), ended, keeper }
+        Self {
+            address,
+            agent,
+            coordinator,
+            data,
+            store,
+            supervisor,
+            config,
+            runtime: Life(Some(runtime)),
+            ended,
+            keeper,
+        }
     }
 
     /// Dies as by SIGKILL: no task of it runs on, no destructor has a say in what is kept.

@@ -553,7 +553,6 @@ spec:
     }
 
     #[test]
-    #[expect(clippy::float_cmp, reason = "powers of two are exact")]
     fn the_fixed_point_fits_products_and_sums() {
         let job = |max_weight: u64, goal: u32| {
             let mut spec = FederatedJob::from_yaml(JOB).unwrap().spec;

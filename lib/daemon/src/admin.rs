@@ -1,7 +1,7 @@
 //! The admin port: `/metrics`, `/healthz`, `/readyz`, `/status`, served by the supervisor, so that no component needs a
 //! port for it and no stranger's bytes share a thread with it.
 
-use std::{convert::Infallible, sync::Arc};
+use std::{collections::BTreeMap, convert::Infallible, sync::Arc};
 
 use bytes::Bytes;
 use http_body_util::Full;
@@ -73,19 +73,60 @@ pub async fn status(supervisor: &Supervisor) -> Value {
     json!({"schema": "lifl.dev/status/v1", "version": env!("CARGO_PKG_VERSION"), "ready": supervisor.is_ready(), "components": components})
 }
 
-/// Metrics of all components. Names are disjoint but for the ones given here.
+/// Metrics of all components as one exposition.
 async fn metrics(supervisor: &Supervisor) -> String {
     use std::fmt::Write as _;
-    let mut out = format!(
+    let mut own = format!(
         "# HELP lifl_build_info Version of this build.\n# TYPE lifl_build_info gauge\nlifl_build_info{{version=\"{}\"}} 1\n",
         env!("CARGO_PKG_VERSION")
     );
     let scrapes = supervisor.scrape().await;
-    out.push_str("# HELP lifl_component_restarts_total Times a component was started again.\n# TYPE lifl_component_restarts_total counter\n");
+    own.push_str("# HELP lifl_component_restarts_total Times a component was started again.\n");
+    own.push_str("# TYPE lifl_component_restarts_total counter\n");
     for scrape in &scrapes {
-        let _to_a_string =
-            writeln!(out, "lifl_component_restarts_total{{component=\"{}\"}} {}", scrape.name, scrape.restarts);
+        let (name, restarts) = (scrape.name, scrape.restarts);
+        let _to_a_string = writeln!(own, "lifl_component_restarts_total{{component=\"{name}\"}} {restarts}");
     }
-    scrapes.iter().for_each(|scrape| out.push_str(&scrape.metrics));
+    merge(scrapes.iter().map(|scrape| scrape.metrics.as_str()).chain([own.as_str()]))
+}
+
+/// One family a name, as the format demands: two components may count drops, each its own.
+fn merge<'a>(texts: impl Iterator<Item = &'a str>) -> String {
+    use std::fmt::Write as _;
+    let mut families: BTreeMap<&str, (Vec<&str>, BTreeMap<&str, f64>)> = BTreeMap::new();
+    let mut family = "";
+    for line in texts.flat_map(str::lines) {
+        if let Some(comment) = line.strip_prefix("# ") {
+            family = comment.split(' ').nth(1).unwrap_or_default();
+            let comments = &mut families.entry(family).or_default().0;
+            if comments.len() < 2 {
+                comments.push(line);
+            }
+        } else if let Some((series, value)) = line.rsplit_once(' ') {
+            *families.entry(family).or_default().1.entry(series).or_default() += value.parse().unwrap_or(0.0);
+        }
+    }
+    let mut out = String::new();
+    for (comments, series) in families.values() {
+        for line in comments {
+            let _to_a_string = writeln!(out, "{line}");
+        }
+        for (series, value) in series {
+            let _to_a_string = writeln!(out, "{series} {value}");
+        }
+    }
     out
+}
+
+#[cfg(test)]
+mod tests {
+    use super::merge;
+
+    #[test]
+    fn a_family_of_two_components_is_one() {
+        let a = "# HELP d Drops.\n# TYPE d counter\nd{reason=\"full\"} 2\nd{reason=\"chain\"} 1\n";
+        let b = "# HELP a Other.\n# TYPE a gauge\na 0.5\n# HELP d Drops.\n# TYPE d counter\nd{reason=\"full\"} 3\n";
+        let merged = "# HELP a Other.\n# TYPE a gauge\na 0.5\n# HELP d Drops.\n# TYPE d counter\nd{reason=\"chain\"} 1\nd{reason=\"full\"} 5\n";
+        assert_eq!(merge([a, b].into_iter()), merged);
+    }
 }

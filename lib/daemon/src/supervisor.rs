@@ -120,7 +120,6 @@ struct Entry {
 struct Table {
     entries: BTreeMap<&'static str, Entry>,
     exits: HashMap<i32, oneshot::Sender<String>>,
-    early_exits: HashMap<i32, String>,
     scrapes: HashMap<u64, oneshot::Sender<(Value, String)>>,
     next_scrape: u64,
     draining: bool,
@@ -272,9 +271,9 @@ impl Supervisor {
             };
             let pid = pid.as_raw_nonzero().get();
             let mut table = self.table();
-            match table.exits.remove(&pid) {
-                Some(waiter) => drop(waiter.send(text)),
-                None => drop(table.early_exits.insert(pid, text)),
+            // Nobody waits for the functions of a dead agent.
+            if let Some(waiter) = table.exits.remove(&pid) {
+                let _keeper_left = waiter.send(text);
             }
         }
     }
@@ -337,14 +336,8 @@ impl Supervisor {
         let pid = Pid::from_child(&child);
         let channel = Arc::new(Channel::new(ours)?);
         let (exited, exit) = oneshot::channel();
-        {
-            let mut table = self.table();
-            let raw = pid.as_raw_nonzero().get();
-            match table.early_exits.remove(&raw) {
-                Some(status) => drop(exited.send(status)),
-                None => drop(table.exits.insert(raw, exited)),
-            }
-        }
+        // Nothing is reaped between this and its start: both are in one step of one thread.
+        self.table().exits.insert(pid.as_raw_nonzero().get(), exited);
         self.restore(spec, first, &channel).await;
         if let Some(entry) = self.table().entries.get_mut(name) {
             entry.life = Some(Life { channel: channel.clone(), pid, ready: false });

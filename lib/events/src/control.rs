@@ -241,7 +241,8 @@ mod tests {
         let long = vec![b' '; MAX_STRUCTURED + 1];
         let error = Control::from_structured(&of_type("application/cloudevents+json"), &long).unwrap_err();
         assert_eq!(error, EventError::TooLong { limit: MAX_STRUCTURED });
-        for format in ["application/cloudevents", "application/cloudevents+avro", "application/cloudevents-batch+json"] {
+        for format in ["application/cloudevents", "application/cloudevents+avro", "application/cloudevents-batch+json"]
+        {
             let error = Control::from_structured(&of_type(format), b"{}").unwrap_err();
             assert_eq!(error, EventError::Format(format.to_owned()));
         }

@@ -39,11 +39,8 @@ use super::{
     train::{Mlp, Training},
 };
 
-/// How long a trainer lets the gateway think.
-const TRAINER_WAIT: Duration = Duration::from_secs(30);
-/// How often the evaluator looks for a new model. A round may take 50 ms, and a figure for a model that is no longer the last one
-/// decides nothing; a look costs both sides some 100 us.
-const EVALUATOR_WAIT: Duration = Duration::from_millis(20);
+/// How long a client lets the gateway think.
+const POLL_WAIT: Duration = Duration::from_secs(30);
 /// An answer that comes sooner and says nothing new is followed by a pause.
 const SOON: Duration = Duration::from_millis(100);
 
@@ -250,7 +247,7 @@ impl Member {
         let mut finished = None;
         loop {
             let asked = Instant::now();
-            let task = session.task(TRAINER_WAIT).await?;
+            let task = session.task(POLL_WAIT, None).await?;
             if matches!(task.state, TaskState::Done | TaskState::Failed) {
                 return Ok(self.end(&task, session, outcome).await);
             }
@@ -318,10 +315,9 @@ impl Member {
     async fn evaluate(self) -> Result<Outcome, ClientError> {
         let mut session = self.join(ClientRole::Evaluator).await?;
         let mut outcome = Outcome::default();
-        let mut known = None;
+        let mut known: Option<ModelLink> = None;
         loop {
-            let asked = Instant::now();
-            let task = session.task(EVALUATOR_WAIT).await?;
+            let task = session.task(POLL_WAIT, known.as_ref().map(|link| link.round)).await?;
             let ended = matches!(task.state, TaskState::Done | TaskState::Failed);
             if let Some(link) = task.model.as_ref().filter(|link| known.as_ref() != Some(*link))
                 && let Some(model) = session.model(link).await?
@@ -343,7 +339,6 @@ impl Member {
             if ended {
                 return Ok(self.end(&task, session, outcome).await);
             }
-            sleep(EVALUATOR_WAIT.saturating_sub(asked.elapsed())).await;
         }
     }
 

@@ -51,6 +51,7 @@ pub fn run(args: &DemoArgs) -> Result<()> {
         userspace: args.userspace,
         failpoints: args.failpoint.clone(),
         settings: json!({"coordinator": {"gathering_ms": 500}}),
+        state_dir: folder.path().to_owned(),
         log_level: "error".into(),
     })?;
     let config = ClientsConfig { split: Split { seed: args.seed, ..Split::DEMO }, ..ClientsConfig::default() };
@@ -178,10 +179,11 @@ fn read(status: &Value) -> Figures {
         accuracy: None,
         updates: number(&round["count"]),
         seconds: round["seconds"].as_f64().unwrap_or(0.0),
-        leaves: small(&chain["aggregators"]["leaf"]),
-        middles: small(&chain["aggregators"]["middle"]),
-        tops: small(&chain["aggregators"]["top"]),
-        shm_bytes: number(&chain["shmBytes"]),
+        leaves: small(&job["leaves"]),
+        middles: small(&job["middle"]),
+        tops: small(&job["top"]),
+        // When the job is over its functions have given their memory back already.
+        shm_bytes: number(if job["aggregatorsRun"] == true { &chain["shmBytes"] } else { &agent["shmPeakBytes"] }),
         descriptors: 0,
         path,
     });

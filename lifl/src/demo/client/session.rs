@@ -257,11 +257,14 @@ impl Session {
     }
 
     /// Long poll: answered when there is something to say, or after `wait`.
-    pub(crate) async fn task(&mut self, wait: Duration) -> Result<Task, ClientError> {
+    ///
+    /// With `known` the answer also comes when another model is served than that round's.
+    pub(crate) async fn task(&mut self, wait: Duration, known: Option<u32>) -> Result<Task, ClientError> {
         const WHAT: &str = "a poll for work";
         // An open poll is a sign of life, so it need only end as often as the heart beats.
         let wait = wait.min(self.heartbeat.max(Duration::from_secs(1)));
-        let rest = format!("/task?client={}&wait={}", self.client, Span(wait));
+        let known = known.map(|round| format!("&model={round}")).unwrap_or_default();
+        let rest = format!("/task?client={}&wait={}{known}", self.client, Span(wait));
         let mut call = self.call(WHAT, Method::GET, self.gateway.uri(&rest));
         call.time = wait + SLACK;
         let answer = self.authorised(&call).await?;
