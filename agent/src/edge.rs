@@ -79,6 +79,8 @@ struct Agent {
     failpoint: Option<String>,
     /// No agent was here before.
     first: bool,
+    /// The gateway's requests (request, chain, bytes) for chains that the coordinator has not told of yet.
+    early: Vec<(u64, u32, u64)>,
 }
 
 /// Runs the agent until it is told to drain or its supervisor is gone.
@@ -222,6 +224,8 @@ impl Agent {
             }
             "gateway" => {
                 hear(channel.clone(), self.events.clone(), Event::Gateway, None);
+                // It asks again.
+                self.early.clear();
                 tell(Some(&channel), &FromAgent::DataSocket, &[self.gateway_socket.0.as_fd()]).await;
                 for (word, fd) in self.all_segments() {
                     tell(Some(&channel), &word, &[fd.as_fd()]).await;
@@ -262,6 +266,11 @@ impl Agent {
                 };
                 self.child.deposit(&format!("chain/{chain}"), &meta, &[]).await?;
                 self.path.set_route(RouteKey { chain, dst: role::GATEWAY }, GATEWAY_SEAT)?;
+                let (now, early) = std::mem::take(&mut self.early).into_iter().partition(|(_, of, _)| *of == chain);
+                self.early = early;
+                for (request, chain, bytes) in now {
+                    self.grant(None, request, chain, role::GATEWAY, bytes).await?;
+                }
             }
             Order::Plan { chain, revision, members } => {
                 let meta = {

@@ -94,6 +94,11 @@ impl Round {
         fresh
     }
 
+    /// Notes a sum of this function's own: a restarted gateway sends it, as to a successor, and it must not be added to itself.
+    pub fn know(&mut self, own: ObjectKey) {
+        self.seen.insert(own);
+    }
+
     /// Takes the inputs of a [`Step::Fold`].
     pub fn take(&mut self, inputs: usize) -> Vec<Descriptor> {
         self.queue.drain(..inputs.min(self.queue.len())).collect()
@@ -157,6 +162,8 @@ mod tests {
         assert!(!round.push(input(1, 1)), "a folded input stays known");
         round.put_back(taken);
         assert_eq!(round.queue.iter().map(|d| d.slot).collect::<Vec<_>>(), [0, 1]);
+        round.know(input(6, 1).key());
+        assert!(!round.push(input(6, 2)), "an own sum is no input");
         assert!(!round.push(Descriptor { round: 2, ..input(5, 1) }));
         assert!(round.advance(2) && !round.advance(2) && !round.advance(1));
         assert!(round.queue.is_empty() && round.push(Descriptor { round: 2, ..input(0, 1) }));

@@ -334,6 +334,7 @@ impl Work {
         let meta = self.meta(length, current, &good);
         let sealed = slot.seal(&meta).map_err(|source| FunctionError::Seal { round, source })?;
         self.sums.push((round, sealed.key));
+        self.round.know(sealed.key);
         failpoint("function.folded");
         Ok(Some((good, sealed)))
     }

@@ -116,7 +116,7 @@ fn fill(report: &mut Report, rounds: &Rounds, updates: &Updates) -> anyhow::Resu
         let mut settings = Vec::new();
         for connections in CONNECTIONS {
             let ratio = rounds.ratio(names(opponent, connections).0, names("ours", connections).0)?;
-            report.series(&format!("{figure}, {connections} connections"), "x", ratio.clone());
+            report.series(&format!("{figure}, connections: {connections}"), "x", ratio.clone());
             settings.push(ratio);
         }
         settings.sort_by(|a, b| median(a).total_cmp(&median(b)));
@@ -124,7 +124,7 @@ fn fill(report: &mut Report, rounds: &Rounds, updates: &Updates) -> anyhow::Resu
     }
     report.figure("cpu_vs_sink", "x", rounds.ratio("ours, 4 connections, cpu", "sink, 4 connections, cpu")?);
     report.series(
-        "cpu_vs_sink, 1 connection",
+        "cpu_vs_sink, connections: 1",
         "x",
         rounds.ratio("ours, 1 connection, cpu", "sink, 1 connection, cpu")?,
     );

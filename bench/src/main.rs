@@ -24,13 +24,14 @@ mod report;
 use report::Report;
 
 type Bench = fn(&Args) -> anyhow::Result<Report>;
+type Part = fn() -> anyhow::Result<()>;
 
 /// Every bench by its name.
 const BENCHES: &[(&str, Bench)] =
     &[("descriptor", descriptor::run), ("fold", fold::run), ("handoff", handoff::run), ("ingest", ingest::run)];
 
 /// What benches run in processes of their own: this binary, started with `--part`.
-const PARTS: &[(&str, fn() -> anyhow::Result<()>)] =
+const PARTS: &[(&str, Part)] =
     &[("handoff-top", handoff::top), ("ingest-sink", ingest::sink), ("ingest-store", ingest::store)];
 
 /// Benches against real opponents, interleaved in one run.

@@ -144,6 +144,15 @@ impl Path {
         }
     }
 
+    /// Has a router move nothing until it is told `false`: while an agent tells a new router the members and routes of the one
+    /// before, what waits in the ends B would find no route. The kernel forgets no route: nothing to do there.
+    pub fn hold(&self, held: bool) -> Result<(), PathError> {
+        match &self.inner {
+            Inner::Kernel(_) => Ok(()),
+            Inner::Router(router) => router.hold(held),
+        }
+    }
+
     /// Gives the member at `index` another role in its chain: what is stamped from its next descriptor on.
     pub fn set_role(&self, index: u32, role: u32) -> Result<(), PathError> {
         match &self.inner {

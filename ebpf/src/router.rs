@@ -80,6 +80,11 @@ impl Router {
         self.shared.state().set_role(index, role)
     }
 
+    pub(crate) fn hold(&self, held: bool) -> Result<(), PathError> {
+        self.shared.state().held = held;
+        self.shared.wake()
+    }
+
     pub(crate) fn unregister(&self, index: u32) -> Result<(), PathError> {
         self.shared.state().unseat(index)?;
         self.shared.wake()

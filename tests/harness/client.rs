@@ -130,6 +130,7 @@ impl Client {
                 (Some("done"), _) => return Ok(()),
                 (Some("failed"), _) => return Err(format!("c{}: the job failed: {task}", self.index)),
                 (Some("train"), Some(round)) => self.submit(round)?,
+                _ if Instant::now() > self.deadline => return Err(format!("c{}: still told {task}", self.index)),
                 _ => {}
             }
         }

@@ -20,7 +20,7 @@ use std::time::{Duration, Instant};
 pub(crate) type Outcome<T = ()> = Result<T, libtest_mimic::Failed>;
 
 /// What a test waits for at most; reaching it is a failure, no measure of speed.
-pub(crate) const PATIENCE: Duration = Duration::from_secs(20);
+pub(crate) const PATIENCE: Duration = Duration::from_secs(60);
 /// Pause between two looks at something that tells nobody when it changes.
 const LOOK: Duration = Duration::from_millis(10);
 

@@ -91,14 +91,16 @@ impl Up {
         let free = SocketAddr::from(([127, 0, 0, 1], 0));
         let (listen, admin) = options.addresses.unwrap_or((free, free));
         let mut command = lifl(&["up"]);
-        command.arg(dir).args(["--listen", &listen.to_string(), "--admin", &admin.to_string()]);
+        command.arg(dir).arg("--state-dir").arg(dir.join("state")).args(["--listen", &listen.to_string(), "--admin", &admin.to_string()]);
         if !options.more.iter().any(|word| word == "--shm-limit") {
             command.args(["--shm-limit", "64Mi"]);
         }
         if options.userspace {
             command.arg("--userspace");
         }
-        options.failpoints.iter().for_each(|point| drop(command.args(["--failpoint", point])));
+        for point in &options.failpoints {
+            command.args(["--failpoint", point]);
+        }
         let mut child = command.args(&options.more).stdout(Stdio::null()).stderr(Stdio::piped()).spawn()?;
         let log = Arc::new(Log::default());
         let said = child.stderr.take().ok_or("standard error")?;

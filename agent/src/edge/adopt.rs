@@ -85,6 +85,7 @@ impl Agent {
             true => Self::load_path(&config)?,
             false => Path::adopt(std::mem::take(&mut kept.path)).map_err(|e| std::io::Error::other(e.to_string()))?,
         };
+        path.hold(true)?;
         // All of it at once: half a path could neither be adopted nor be made anew.
         let (names, fds): (Vec<_>, Vec<_>) = path.fds()?.into_iter().unzip();
         if !names.is_empty() {
@@ -118,9 +119,11 @@ impl Agent {
             gateway_socket: (socket, near),
             events,
             first: startup.first,
+            early: Vec::new(),
         };
         agent.observe()?;
         agent.adopt(kept).await?;
+        agent.path.hold(false)?;
         Ok(agent)
     }
 

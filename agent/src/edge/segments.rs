@@ -57,7 +57,7 @@ impl Agent {
         Ok(())
     }
 
-    async fn grant(
+    pub(super) async fn grant(
         &mut self,
         seat: Option<u32>,
         request: u64,
@@ -65,6 +65,11 @@ impl Agent {
         writer: u32,
         bytes: u64,
     ) -> Result<(), AgentError> {
+        if seat.is_none() && !self.state().chains.contains_key(&chain) {
+            // Coordinator and gateway are heard on two channels: its word of the chain is under way.
+            self.early.push((request, chain, bytes));
+            return Ok(());
+        }
         let answer = {
             let mut state = self.state();
             let owner = seat.unwrap_or(GATEWAY_SEAT);

@@ -65,7 +65,7 @@ pub(super) fn memory(platform: &[Process]) -> Memory {
     for pid in platform.iter().map(|process| process.pid).chain([process::id()]) {
         let Ok(entries) = fs::read_dir(format!("/proc/{pid}/fd")) else { continue };
         for path in entries.flatten().map(|entry| entry.path()) {
-            let is_memfd = fs::read_link(&path).is_ok_and(|to| to.to_string_lossy().starts_with("/memfd:lifl"));
+            let is_memfd = fs::read_link(&path).is_ok_and(|to| to.to_string_lossy().starts_with("/memfd:"));
             if let Some(file) = is_memfd.then(|| fs::metadata(&path).ok()).flatten() {
                 files.insert((file.st_dev(), file.st_ino()), file.st_blocks() * 512);
             }

@@ -27,6 +27,8 @@ use crate::{
 #[derive(Debug, Default)]
 pub(super) struct State {
     pub(super) stop: bool,
+    /// Nothing is moved: routes are still being told.
+    pub(super) held: bool,
     links: HashMap<u64, Link>,
     last_token: u64,
     /// Which link sits at an index.
@@ -161,11 +163,11 @@ impl State {
     }
 
     pub(super) fn has_ready(&self) -> bool {
-        !self.ready.is_empty()
+        !self.held && !self.ready.is_empty()
     }
 
     pub(super) fn take_ready(&mut self) -> BTreeSet<u64> {
-        mem::take(&mut self.ready)
+        if self.held { BTreeSet::new() } else { mem::take(&mut self.ready) }
     }
 
     /// Routes changed: whoever waits for room may have another receiver now.
