@@ -15,9 +15,8 @@ use harness::{
     ensure,
     http::Call,
     job::Job,
-    no_ebpf,
+    no_ebpf, until,
     up::{Options, Up},
-    until,
 };
 use libtest_mimic::{Arguments, Trial};
 

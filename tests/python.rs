@@ -61,7 +61,10 @@ fn live(python: &str) -> Outcome {
     let mut up = Up::start(dir.path(), &Options { userspace: no_ebpf().is_some(), more, ..Options::default() })?;
     let mut tests = Command::new(python);
     tests.args(["-m", "pytest", "-p", "no:cacheprovider", "-q", "tests/test_live.py"]).current_dir(clients);
-    tests.env("PYTHONPATH", &library).env("PYTHONDONTWRITEBYTECODE", "1").env("LIFL_URL", format!("http://{}", up.gateway));
+    tests
+        .env("PYTHONPATH", &library)
+        .env("PYTHONDONTWRITEBYTECODE", "1")
+        .env("LIFL_URL", format!("http://{}", up.gateway));
     let said = run(tests.env("LIFL_JOB", "three").env("LIFL_RESNET_JOB", "resnet"));
     let said = said.map_err(|failed| format!("{}\n{}", failed.message().unwrap_or_default(), up.log()))?;
     ensure(said.contains("2 passed"), || said)?;

@@ -580,10 +580,13 @@ fn the_path_survives_its_owner(kind: PathKind) -> Outcome {
     world.send(0, &[numbered(role::TOP, 1)])?;
     world.path = if kind == PathKind::Ebpf { Path::adopt(store)? } else { Path::userspace()? };
     same(world.path.kind(), kind, "kind")?;
+    // The first member's descriptor waits already, and has no route before the second is told.
+    world.path.hold(true)?;
     for End { near, member, .. } in &world.ends {
         world.path.register(None, near.as_fd(), *member)?;
         world.path.set_route(RouteKey { chain: CHAIN, dst: member.role }, member.counter)?;
     }
+    world.path.hold(false)?;
     world.send(0, &[numbered(role::TOP, 2)])?;
     same(numbers(&world.receive(1, 3)?), vec![0, 1, 2], "received")?;
     if kind == PathKind::Ebpf {

@@ -28,7 +28,8 @@ pub(crate) fn check(job: &Job, book: &Book, lost: bool) -> Outcome {
         for update in updates {
             let text = |name: &str| update[name].as_str().unwrap_or_default().to_owned();
             let key = (text("source"), text("id"));
-            let one = sent.get(&key).ok_or_else(|| format!("round {round}: {key:?} is in the receipt, nobody sent it"))?;
+            let one =
+                sent.get(&key).ok_or_else(|| format!("round {round}: {key:?} is in the receipt, nobody sent it"))?;
             ensure(one.round == round, || format!("{key:?} is in round {round}, it was sent for {}", one.round))?;
             let weight = f64::from(one.weight);
             ensure(update["weight"].as_f64() == Some(weight), || format!("{update}: its weight was {weight}"))?;

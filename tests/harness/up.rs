@@ -91,7 +91,12 @@ impl Up {
         let free = SocketAddr::from(([127, 0, 0, 1], 0));
         let (listen, admin) = options.addresses.unwrap_or((free, free));
         let mut command = lifl(&["up"]);
-        command.arg(dir).arg("--state-dir").arg(dir.join("state")).args(["--listen", &listen.to_string(), "--admin", &admin.to_string()]);
+        command.arg(dir).arg("--state-dir").arg(dir.join("state")).args([
+            "--listen",
+            &listen.to_string(),
+            "--admin",
+            &admin.to_string(),
+        ]);
         if !options.more.iter().any(|word| word == "--shm-limit") {
             command.args(["--shm-limit", "64Mi"]);
         }

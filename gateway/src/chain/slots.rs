@@ -5,6 +5,7 @@ use std::{
     time::Duration,
 };
 
+use lifl_api::job::Timing;
 use lifl_ebpf::role;
 use lifl_shm::{Arena, ArenaError, ObjectMeta, SealError, Sealed, Segment, SegmentSpec, SlotWriter};
 use tokio::time::{Instant, timeout_at};
@@ -18,8 +19,11 @@ use crate::{
 
 /// Segments of small slots are about as large as this: each costs every member a mapping and a descriptor.
 const SMALL_SEGMENT: u64 = 1 << 20;
-/// Slots per segment where memory is plenty.
-const SLOTS: u64 = 4;
+/// Segments at most, where slots are large.
+const MAX_SEGMENTS: u64 = 1024;
+/// An upload that finds no slot waits so long before memory is taken for it: what is sealed is being folded, and its slot
+/// comes back. Slow clients, who hold slots for longer, get more of them one after the other.
+const GROWTH_PAUSE: Duration = Duration::from_millis(500);
 /// After a refusal the agent is left alone for so long.
 const REFUSED: Duration = Duration::from_secs(1);
 
@@ -65,8 +69,8 @@ impl Inner {
         let limit = self.meta.slot_bytes;
         let one = Segment::bytes_of(spec)?;
         let fits = limit / one.max(1);
-        // A coarse grain wastes what it cannot fill: fine where few slots fit, coarse where many do.
-        let grain = (SMALL_SEGMENT / one.max(1)).max(SLOTS).min(fits / 4).max(1);
+        // A coarse grain wastes what it cannot fill: one slot where they are large, many where they are small.
+        let grain = (SMALL_SEGMENT / one.max(1)).min(fits / 4).max(fits / MAX_SEGMENTS).max(1);
         spec.slots = u32::try_from(grain).unwrap_or(1);
         match &self.arena {
             Some(arena) if arena.spec().payload_bytes >= spec.payload_bytes => arena.set_limit(limit),
@@ -85,6 +89,20 @@ impl Inner {
         (arena.bytes() + bytes <= arena.limit()).then_some((arena, bytes))
     }
 
+    /// When an upload that has waited since `began` may have memory taken for it.
+    ///
+    /// At once up to one slot for each processor that can receive, one that is folded, and the model's; then only what
+    /// waiting shows to be needed. Lazy rounds hold every update until they are closed: there waiting is vain.
+    fn grows_from(&self, began: Instant) -> Instant {
+        let lazy = self.meta.job.spec.aggregation.timing == Timing::Lazy;
+        let cores = std::thread::available_parallelism().map_or(1, usize::from);
+        let slots = self.arena.as_ref().map_or(0, |arena| {
+            let segment = Segment::bytes_of(arena.spec()).unwrap_or(u64::MAX);
+            arena.bytes() / segment * u64::from(arena.spec().slots)
+        });
+        if lazy || slots < cores as u64 + 2 { began } else { began + GROWTH_PAUSE }
+    }
+
     fn no_slot(&self) -> Refusal {
         let Some(arena) = &self.arena else { return Code::Starting.with("the job's model is not here yet") };
         let reason = self.refused_until.as_ref().map_or("all slots are in use", |(_, reason)| reason);
@@ -98,7 +116,8 @@ impl Inner {
 
 /// A slot, if one is free or becomes free within the configured wait. Nobody holds a lock meanwhile.
 pub(crate) async fn reserve(gateway: &Arc<Gateway>, chain: &Arc<Chain>) -> Result<Slot, Refusal> {
-    let deadline = Instant::now() + Duration::from_millis(gateway.config.slot_wait_ms);
+    let began = Instant::now();
+    let deadline = began + Duration::from_millis(gateway.config.slot_wait_ms);
     loop {
         let freed = chain.slot_freed.notified();
         tokio::pin!(freed);
@@ -107,8 +126,13 @@ pub(crate) async fn reserve(gateway: &Arc<Gateway>, chain: &Arc<Chain>) -> Resul
         if let Some(writer) = arena.and_then(|arena| arena.reserve()) {
             return Ok(Slot { writer: Some(writer), chain: Arc::clone(chain) });
         }
-        grow(gateway, chain);
-        if timeout_at(deadline, freed).await.is_err() {
+        let grows = chain.lock().grows_from(began);
+        let patient = Instant::now() < grows;
+        if !patient {
+            grow(gateway, chain);
+        }
+        let wake = if patient { deadline.min(grows) } else { deadline };
+        if timeout_at(wake, freed).await.is_err() && Instant::now() >= deadline {
             if !gateway.agent.is_connected() {
                 return Err(Code::NoAggregator.with("the node's agent is not there to grant memory"));
             }

@@ -89,7 +89,9 @@ fn query(text: &str) -> Result<Query, Refusal> {
                 wait = span.map_err(|error| Code::BadRequest.with(format!("wait: {error}")))?.0;
             }
             "model" => {
-                let round = value.parse().map_err(|_not_a_number| Code::BadRequest.with(format!("model: '{value}' is not a round")));
+                let round = value
+                    .parse()
+                    .map_err(|_not_a_number| Code::BadRequest.with(format!("model: '{value}' is not a round")));
                 model = Some(round?);
             }
             _ => {}
