@@ -15,6 +15,9 @@ const SUM_SLOTS: u64 = 2;
 /// The top also writes a model while the one before it is still served.
 const MODEL_SLOTS: u64 = 2;
 
+/// Rounds after a change of role in which something written before may still be read.
+const RETIRED_ROUNDS: u32 = 2;
+
 /// What the aggregator can read and write.
 #[derive(Debug)]
 pub(crate) struct Memory {
@@ -26,6 +29,8 @@ pub(crate) struct Memory {
     segments: HashMap<u32, SegmentReader>,
     /// Own segments and their bytes, to be told again to a restarted agent.
     own: BTreeMap<u32, (OwnedFd, u64)>,
+    /// Segments written in an earlier role, and the round from which on nothing in them is needed.
+    retired: Vec<(u32, u32)>,
     elements: u64,
 }
 
@@ -62,20 +67,38 @@ impl Memory {
             refused: false,
             segments: HashMap::new(),
             own: BTreeMap::new(),
+            retired: Vec::new(),
             elements: config.elements,
         }
     }
 
-    /// Another role: other bounds. What is sealed stays readable; a slot of another size means another arena.
-    pub(crate) fn resize(&mut self, chain: u32, config: &RoleConfig) {
+    /// Another role, or other bounds. Segments belong to the role that they were written in: what is sealed there stays
+    /// readable, new objects lie in new ones.
+    pub(crate) fn resize(&mut self, chain: u32, config: &RoleConfig, round: u32) {
         let fresh = Self::new(chain, config);
-        let (old, new) = (self.arena.spec(), fresh.arena.spec());
-        if old.payload_bytes == new.payload_bytes && old.max_runs == new.max_runs {
+        if self.arena.spec() == fresh.arena.spec() {
             self.arena.set_limit(fresh.arena.limit());
         } else {
             self.arena = fresh.arena;
+            // A model of the last round is served until the next one is committed, a partial not so long.
+            let known = |retired: &[(u32, u32)], id| retired.iter().any(|(old, _)| *old == id);
+            let new: Vec<u32> = self.own.keys().copied().filter(|id| !known(&self.retired, *id)).collect();
+            self.retired.extend(new.into_iter().map(|id| (id, round.saturating_add(RETIRED_ROUNDS))));
         }
         self.elements = fresh.elements;
+    }
+
+    /// Gives back segments of an earlier role that nobody needs in this round.
+    pub(crate) fn drop_retired(&mut self, round: u32, agent: &SyncChannel) -> Result<(), ChannelError> {
+        let chain = self.arena.spec().chain;
+        let (over, kept) = std::mem::take(&mut self.retired).into_iter().partition(|(_, from)| *from <= round);
+        self.retired = kept;
+        let over: Vec<(u32, u32)> = over;
+        for (segment, _) in over {
+            self.own.remove(&segment);
+            agent.send(&ToAgent::DropSegment { chain, segment }, &[])?;
+        }
+        Ok(())
     }
 
     /// A free slot, if there is one: the agent is asked for nothing.

@@ -229,6 +229,7 @@ impl Function {
     /// Does one step; false when there is nothing to do now.
     fn advance(&mut self) -> Result<bool, FunctionError> {
         let (Some(work), Some(socket)) = (&mut self.work, &self.socket) else { return Ok(false) };
+        work.memory.drop_retired(work.round.number, &self.agent)?;
         let batch = usize::try_from(work.config.batch).unwrap_or(usize::MAX);
         let is_top = work.config.parent.is_none();
         let step = decide(&work.round, work.config.eager, batch);
@@ -276,7 +277,7 @@ impl Work {
         if self.config != config {
             let round = self.round.number;
             self.round = Round::default();
-            self.memory.resize(self.chain, &config);
+            self.memory.resize(self.chain, &config, round);
             self.config = config;
             tracing::debug!(role = self.config.role, round, "role taken");
         }

@@ -6,6 +6,7 @@ use std::{
     os::fd::OwnedFd,
     path::PathBuf,
     thread::{self, JoinHandle},
+    time::Duration,
 };
 
 use lifl_api::job::AckLevel;
@@ -17,6 +18,10 @@ use crate::folder::JobFile;
 
 /// User of the gateway where the supervisor is root: parses strangers' bytes, owns nothing.
 const GATEWAY_UID: u32 = 65_532;
+
+/// A port in use is tried so many times more, so far apart, before it counts as another's.
+const BIND_TRIES: u32 = 5;
+const BIND_PAUSE: Duration = Duration::from_millis(100);
 
 /// What to serve, and where.
 #[derive(Clone, Debug)]
@@ -92,11 +97,7 @@ impl Platform {
     /// [`PlatformError`].
     pub fn start(config: PlatformConfig) -> Result<Self, PlatformError> {
         let bind = |address: SocketAddr, purpose| {
-            let bound = TcpListener::bind(address).and_then(|listener| {
-                listener.set_nonblocking(true)?;
-                Ok((listener.local_addr()?, listener))
-            });
-            bound.map_err(|source| PlatformError::Bind { address, purpose, source })
+            bind(address).map_err(|source| PlatformError::Bind { address, purpose, source })
         };
         let (gateway, listener) = bind(config.listen, "clients")?;
         let (admin_address, admin_listener) = bind(config.admin, "admin")?;
@@ -153,6 +154,20 @@ impl Platform {
             None => Ok(()),
         }
     }
+}
+
+/// Binds an address. After a killed platform its gateway may hold the port for the moment that it takes to die.
+fn bind(address: SocketAddr) -> io::Result<(SocketAddr, TcpListener)> {
+    let mut tries = 0;
+    let listener = loop {
+        match TcpListener::bind(address) {
+            Err(error) if error.kind() == io::ErrorKind::AddrInUse && tries < BIND_TRIES => thread::sleep(BIND_PAUSE),
+            other => break other?,
+        }
+        tries += 1;
+    };
+    listener.set_nonblocking(true)?;
+    Ok((listener.local_addr()?, listener))
 }
 
 fn supervise(
