@@ -3,7 +3,7 @@
 //! Senders of CloudEvents retry 404, 408, 409, 429 and 5xx: what is hopeless must not get one of these.
 
 use http::StatusCode;
-use lifl_api::http::Problem;
+use lifl_api::http::{Problem, schema};
 
 /// Why a request is refused; its name in snake case is the stable `code`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -110,6 +110,7 @@ impl Refusal {
     pub(crate) fn problem(&self) -> Problem {
         let (code, status, _) = self.code.row();
         Problem {
+            schema: schema("problem"),
             kind: "about:blank".to_owned(),
             title: status.canonical_reason().unwrap_or_default().to_owned(),
             status: status.as_u16(),

@@ -90,10 +90,11 @@ async fn metrics(supervisor: &Supervisor) -> String {
     merge(scrapes.iter().map(|scrape| scrape.metrics.as_str()).chain([own.as_str()]))
 }
 
-/// One family a name, as the format demands: two components may count drops, each its own.
+/// One family a name, as the format demands: two components may count drops, each its own. Series keep their order:
+/// buckets must stand by size.
 fn merge<'a>(texts: impl Iterator<Item = &'a str>) -> String {
     use std::fmt::Write as _;
-    let mut families: BTreeMap<&str, (Vec<&str>, BTreeMap<&str, f64>)> = BTreeMap::new();
+    let mut families: BTreeMap<&str, (Vec<&str>, Vec<(&str, f64)>)> = BTreeMap::new();
     let mut family = "";
     for line in texts.flat_map(str::lines) {
         if let Some(comment) = line.strip_prefix("# ") {
@@ -102,8 +103,13 @@ fn merge<'a>(texts: impl Iterator<Item = &'a str>) -> String {
             if comments.len() < 2 {
                 comments.push(line);
             }
-        } else if let Some((series, value)) = line.rsplit_once(' ') {
-            *families.entry(family).or_default().1.entry(series).or_default() += value.parse().unwrap_or(0.0);
+        } else if let Some((name, value)) = line.rsplit_once(' ') {
+            let value = value.parse().unwrap_or(0.0);
+            let series = &mut families.entry(family).or_default().1;
+            match series.iter_mut().find(|(known, _)| *known == name) {
+                Some((_, sum)) => *sum += value,
+                None => series.push((name, value)),
+            }
         }
     }
     let mut out = String::new();
@@ -111,8 +117,8 @@ fn merge<'a>(texts: impl Iterator<Item = &'a str>) -> String {
         for line in comments {
             let _to_a_string = writeln!(out, "{line}");
         }
-        for (series, value) in series {
-            let _to_a_string = writeln!(out, "{series} {value}");
+        for (name, value) in series {
+            let _to_a_string = writeln!(out, "{name} {value}");
         }
     }
     out
@@ -126,7 +132,7 @@ mod tests {
     fn a_family_of_two_components_is_one() {
         let a = "# HELP d Drops.\n# TYPE d counter\nd{reason=\"full\"} 2\nd{reason=\"chain\"} 1\n";
         let b = "# HELP a Other.\n# TYPE a gauge\na 0.5\n# HELP d Drops.\n# TYPE d counter\nd{reason=\"full\"} 3\n";
-        let merged = "# HELP a Other.\n# TYPE a gauge\na 0.5\n# HELP d Drops.\n# TYPE d counter\nd{reason=\"chain\"} 1\nd{reason=\"full\"} 5\n";
+        let merged = "# HELP a Other.\n# TYPE a gauge\na 0.5\n# HELP d Drops.\n# TYPE d counter\nd{reason=\"full\"} 5\nd{reason=\"chain\"} 1\n";
         assert_eq!(merge([a, b].into_iter()), merged);
     }
 }
