@@ -19,8 +19,6 @@ use crate::{
 
 /// Segments of small slots are about as large as this: each costs every member a mapping and a descriptor.
 const SMALL_SEGMENT: u64 = 1 << 20;
-/// Segments at most, where slots are large.
-const MAX_SEGMENTS: u64 = 1024;
 /// An upload that finds no slot waits so long before memory is taken for it: what is sealed is being folded, and its slot
 /// comes back. Slow clients, who hold slots for longer, get more of them one after the other.
 const GROWTH_PAUSE: Duration = Duration::from_millis(500);
@@ -70,7 +68,7 @@ impl Inner {
         let one = Segment::bytes_of(spec)?;
         let fits = limit / one.max(1);
         // A coarse grain wastes what it cannot fill: one slot where they are large, many where they are small.
-        let grain = (SMALL_SEGMENT / one.max(1)).min(fits / 4).max(fits / MAX_SEGMENTS).max(1);
+        let grain = (SMALL_SEGMENT / one.max(1)).min(fits / 4).max(1);
         spec.slots = u32::try_from(grain).unwrap_or(1);
         match &self.arena {
             Some(arena) if arena.spec().payload_bytes >= spec.payload_bytes => arena.set_limit(limit),
