@@ -79,7 +79,8 @@ pub struct Receipt {
 /// RFC 9457 problem document.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Problem {
-    /// `lifl.dev/problem/v1`.
+    /// `lifl.dev/problem/v1`; proxies in between write problems without it.
+    #[serde(default)]
     pub schema: String,
     /// `about:blank` always: [`Problem::code`] is what programs read.
     #[serde(rename = "type")]
