@@ -163,12 +163,12 @@ async fn a_large_model_is_streamed_whole_while_the_next_takes_its_place() {
     let mut rest = Vec::new();
     let wanted = large.len();
     soon("the rest of the model", async {
-        while rest.len() < wanted {
+        // Head and body come in one stream, however it is cut.
+        while rest.len() < wanted || !rest.ends_with(&large) {
             tokio::io::AsyncReadExt::read_buf(&mut stream, &mut rest).await.unwrap();
         }
     })
     .await;
-    assert!(rest.ends_with(&large), "the old model, whole");
     assert_eq!(http::get(node.address, &path("/model"), None).await.body.len(), newer.len());
 }
 

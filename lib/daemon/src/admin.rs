@@ -94,7 +94,9 @@ async fn metrics(supervisor: &Supervisor) -> String {
 /// buckets must stand by size.
 fn merge<'a>(texts: impl Iterator<Item = &'a str>) -> String {
     use std::fmt::Write as _;
-    let mut families: BTreeMap<&str, (Vec<&str>, Vec<(&str, f64)>)> = BTreeMap::new();
+    /// Comment lines, and series with their values.
+    type Family<'a> = (Vec<&'a str>, Vec<(&'a str, f64)>);
+    let mut families: BTreeMap<&str, Family<'a>> = BTreeMap::new();
     let mut family = "";
     for line in texts.flat_map(str::lines) {
         if let Some(comment) = line.strip_prefix("# ") {
