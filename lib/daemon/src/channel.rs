@@ -122,8 +122,8 @@ fn receive(socket: BorrowedFd<'_>) -> io::Result<Option<(Vec<u8>, Vec<OwnedFd>)>
     let flags = RecvFlags::CMSG_CLOEXEC | RecvFlags::DONTWAIT;
     let got = loop {
         match recvmsg(socket, &mut [IoSliceMut::new(&mut packet)], &mut control, flags) {
-            Err(Errno::INTR) => {}
-            Err(Errno::CONNRESET) => return Ok(None),
+            // A peer that died with our words unread resets the socket, once, ahead of its own last words: those are still there.
+            Err(Errno::INTR | Errno::CONNRESET) => {}
             other => break other?,
         }
     };
@@ -336,6 +336,26 @@ mod tests {
         }
         assert!(b.recv::<(u32, String)>().await.unwrap().is_none());
         sender.join().unwrap();
+    }
+
+    #[tokio::test]
+    async fn last_words_of_a_peer_that_died_with_unread_ones_are_heard() {
+        let (a, b) = Channel::pair().unwrap();
+        let (c, d) = Channel::pair().unwrap();
+        let (a, b) = (SyncChannel::new(a), SyncChannel::new(b));
+        let (c, d) = (SyncChannel::new(c), Channel::new(d).unwrap());
+        for dying in [&a, &c] {
+            dying.send(&"first", &[]).unwrap();
+            dying.send(&"last", &[]).unwrap();
+        }
+        b.send(&"never read", &[]).unwrap();
+        d.send(&"never read", &[]).await.unwrap();
+        drop((a, c));
+        for word in ["first", "last"] {
+            assert_eq!(b.recv::<String>().unwrap().unwrap().0, word);
+            assert_eq!(d.recv::<String>().await.unwrap().unwrap().0, word);
+        }
+        assert!(b.recv::<String>().unwrap().is_none() && d.recv::<String>().await.unwrap().is_none());
     }
 
     #[test]
