@@ -3,7 +3,7 @@
 use lifl_api::node::{FromGateway, ReceiptEntry};
 use lifl_daemon::failpoint;
 use lifl_ebpf::{Descriptor, Kind, ObjectKey, flags, role};
-use lifl_shm::{LedgerError, LiveObject, ObjectKind, PartialRecord, Released};
+use lifl_shm::{LedgerError, LiveObject, ObjectKind, Released};
 
 use super::Inner;
 use crate::intake::digest_text;
@@ -79,7 +79,7 @@ impl Inner {
             (false, true) => self.parent(said.src),
             (false, false) => said.src,
         };
-        let record = PartialRecord {
+        let record = LiveObject {
             key: said.key(),
             kind: if is_model { ObjectKind::Model } else { ObjectKind::Partial },
             writer: said.src,

@@ -31,7 +31,7 @@ mod table;
 mod tests;
 
 pub use error::LedgerError;
-pub use record::{LiveObject, PartialRecord, RecordIndex, Released, RoundWord, UpdateRecord};
+pub use record::{LiveObject, RecordIndex, Released, RoundWord, UpdateRecord};
 use table::{State, Table, halves, join, word};
 
 /// Longest name of a client, bytes.
@@ -295,7 +295,7 @@ impl Ledger {
     ///
     /// # Errors
     /// Any input that the writer does not hold, or that is contained elsewhere; numbers that do not add up; no room.
-    pub fn seal(&mut self, sum: &PartialRecord, inputs: &[ObjectKey]) -> Result<Vec<Released>, LedgerError> {
+    pub fn seal(&mut self, sum: &LiveObject, inputs: &[ObjectKey]) -> Result<Vec<Released>, LedgerError> {
         let now = self.round();
         if sum.round != now.round || self.is_over(sum.round) {
             return Err(LedgerError::WrongRound { asked: sum.round, current: now.round });
@@ -309,7 +309,7 @@ impl Ledger {
         }
         let found = self.inputs(sum, inputs)?;
         let index = self.take()?;
-        self.write(index, &LiveObject::from(sum));
+        self.write(index, sum);
         self.table.set_state(index, State::Prepared);
         for input in &found {
             self.table.set(*input, word::CONTAINED, u64::from(index) + 1);
@@ -320,15 +320,9 @@ impl Ledger {
     }
 
     /// A repetition, or the writer's word that what it sealed before was its last.
-    fn seal_again(
-        &mut self,
-        index: u32,
-        sum: &PartialRecord,
-        inputs: &[ObjectKey],
-    ) -> Result<Vec<Released>, LedgerError> {
-        let said = LiveObject::from(sum);
+    fn seal_again(&mut self, index: u32, sum: &LiveObject, inputs: &[ObjectKey]) -> Result<Vec<Released>, LedgerError> {
         let is = self.object(index);
-        let same = LiveObject { is_final: is.is_final, sent_to: is.sent_to, ..said } == is;
+        let same = LiveObject { is_final: is.is_final, sent_to: is.sent_to, ..*sum } == is;
         if !same || self.state(index) != State::Sealed {
             return Err(LedgerError::Conflict(sum.key));
         }
@@ -350,7 +344,7 @@ impl Ledger {
     }
 
     /// The records of the inputs, if `sum` may contain them.
-    fn inputs(&self, sum: &PartialRecord, inputs: &[ObjectKey]) -> Result<Vec<u32>, LedgerError> {
+    fn inputs(&self, sum: &LiveObject, inputs: &[ObjectKey]) -> Result<Vec<u32>, LedgerError> {
         let mut found = Vec::with_capacity(inputs.len());
         let (mut count, mut weight) = (0_u64, 0.0);
         for key in inputs {
@@ -517,7 +511,7 @@ fn check_weight(weight: f64) -> Result<(), LedgerError> {
     sound.then_some(()).ok_or(LedgerError::Field { field: "weight", what: "not finite and positive" })
 }
 
-fn check_sum(sum: &PartialRecord) -> Result<(), LedgerError> {
+fn check_sum(sum: &LiveObject) -> Result<(), LedgerError> {
     check_weight(sum.weight)?;
     if sum.kind == ObjectKind::Update || sum.count == 0 {
         return Err(LedgerError::Field { field: "kind", what: "not a sum or a model" });

@@ -37,7 +37,7 @@ pub mod seqlock;
 
 pub use arena::{Arena, ArenaError, Growth};
 pub use geometry::GeometryError;
-pub use ledger::{Ledger, LedgerError, LiveObject, PartialRecord, RecordIndex, Released, RoundWord, UpdateRecord};
+pub use ledger::{Ledger, LedgerError, LiveObject, RecordIndex, Released, RoundWord, UpdateRecord};
 pub use lifl_ebpf_common::descriptor::ObjectKey;
 pub use object::{Element, MetaError, ObjectKind, ObjectMeta, RUN_ALIGN, Run};
 pub use quota::{Limit, Quota, QuotaError};

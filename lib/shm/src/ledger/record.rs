@@ -46,39 +46,14 @@ pub struct UpdateRecord {
     pub round: u32,
 }
 
-/// A sum, or the model of a round, as its writer announced it.
-#[derive(Clone, Debug, PartialEq)]
-pub struct PartialRecord {
-    /// Its object.
-    pub key: ObjectKey,
-    /// [`ObjectKind::Partial`], or [`ObjectKind::Model`] from the top.
-    pub kind: ObjectKind,
-    /// Role that wrote it: the sender that the path stamped, never what the message says.
-    pub writer: u32,
-    /// Round.
-    pub round: u32,
-    /// Updates contained.
-    pub count: u32,
-    /// Sum of their weights.
-    pub weight: f64,
-    /// Offset of the object's payload within its segment.
-    pub offset: u64,
-    /// Bytes of the object.
-    pub length: u64,
-    /// Whether it is all that its writer will hand on in this round.
-    pub is_final: bool,
-    /// Who holds it: the writer's parent if final (the gateway, if it is the model), else its writer.
-    pub sent_to: u32,
-}
-
-/// An object of the round that no other object contains.
+/// An object of the round that no other object contains: an update, a sum, or the round's model.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct LiveObject {
     /// Its name.
     pub key: ObjectKey,
     /// What it is.
     pub kind: ObjectKind,
-    /// Role that wrote it.
+    /// Role that wrote it: the sender that the path stamped, never what the message says.
     pub writer: u32,
     /// Round.
     pub round: u32,
@@ -92,7 +67,7 @@ pub struct LiveObject {
     pub length: u64,
     /// Whether it is its writer's last word in the round.
     pub is_final: bool,
-    /// Who holds it.
+    /// Who holds it: of a sum its writer, or the writer's parent if it is final; of the model the gateway.
     pub sent_to: u32,
 }
 
@@ -144,23 +119,6 @@ impl LiveObject {
             length: self.length,
             weight_bits: self.weight.to_bits(),
             ..Descriptor::new(kind, chain, dst).with_key(self.key)
-        }
-    }
-}
-
-impl From<&PartialRecord> for LiveObject {
-    fn from(sum: &PartialRecord) -> Self {
-        Self {
-            key: sum.key,
-            kind: sum.kind,
-            writer: sum.writer,
-            round: sum.round,
-            count: sum.count,
-            weight: sum.weight,
-            offset: sum.offset,
-            length: sum.length,
-            is_final: sum.is_final,
-            sent_to: sum.sent_to,
         }
     }
 }

@@ -25,7 +25,7 @@ type Observer = dyn FnMut(&[u8]) + Send;
 enum Op {
     Begin(u32, u32),
     Admit(UpdateRecord),
-    Seal(PartialRecord, Vec<ObjectKey>),
+    Seal(LiveObject, Vec<ObjectKey>),
     Move(ObjectKey, u32),
     Close,
     Retire(u32),
@@ -233,7 +233,7 @@ impl Play {
             return;
         }
         let key = if alone { first.key } else { self.key() };
-        let sum = PartialRecord {
+        let sum = LiveObject {
             key,
             kind,
             writer,

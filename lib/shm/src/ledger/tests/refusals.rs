@@ -14,8 +14,8 @@ fn ledger() -> Ledger {
     ledger
 }
 
-fn sum(slot: u32, inputs: &[u32]) -> PartialRecord {
-    PartialRecord {
+fn sum(slot: u32, inputs: &[u32]) -> LiveObject {
+    LiveObject {
         key: key(slot),
         kind: ObjectKind::Partial,
         writer: LEAF,
@@ -76,21 +76,21 @@ fn updates() {
 #[test]
 fn inputs_come_from_a_current_holder_only() {
     let mut ledger = ledger();
-    let mut seal = |sum: PartialRecord, inputs: &[u32]| refused(&mut ledger, &Op::Seal(sum, keys(inputs)));
+    let mut seal = |sum: LiveObject, inputs: &[u32]| refused(&mut ledger, &Op::Seal(sum, keys(inputs)));
     assert!(matches!(seal(sum(20, &[1]), &[99]), LedgerError::Unknown(_)));
     let other = seal(sum(20, &[3]), &[3]);
     assert!(matches!(other, LedgerError::NotHolder { holder, sender: LEAF, .. } if holder == LEAF + 1));
     assert!(matches!(seal(sum(20, &[1, 1]), &[1, 1]), LedgerError::Field { field: "inputs", .. }));
     assert!(matches!(seal(sum(20, &[1]), &[1, 2]), LedgerError::Count { said: 1, inputs: 2 }));
     assert!(matches!(seal(sum(1, &[2]), &[2]), LedgerError::Conflict(_)), "an update's key");
-    let heavy = PartialRecord { weight: 1e6, ..sum(20, &[1]) };
+    let heavy = LiveObject { weight: 1e6, ..sum(20, &[1]) };
     assert!(matches!(seal(heavy, &[1]), LedgerError::Weight { .. }));
     assert!(matches!(seal(sum(20, &[]), &[]), LedgerError::Field { .. }), "a sum of nothing");
-    let early = PartialRecord { is_final: true, sent_to: MIDDLE, ..sum(20, &[1]) };
+    let early = LiveObject { is_final: true, sent_to: MIDDLE, ..sum(20, &[1]) };
     assert!(matches!(seal(early, &[1]), LedgerError::RoundOpen(ROUND)));
-    let away = PartialRecord { sent_to: MIDDLE, ..sum(20, &[1]) };
+    let away = LiveObject { sent_to: MIDDLE, ..sum(20, &[1]) };
     assert!(matches!(seal(away, &[1]), LedgerError::Field { field: "sent_to", .. }));
-    let old = PartialRecord { round: ROUND - 1, ..sum(20, &[1]) };
+    let old = LiveObject { round: ROUND - 1, ..sum(20, &[1]) };
     assert!(matches!(seal(old, &[1]), LedgerError::WrongRound { .. }));
 
     let released = ledger.seal(&sum(20, &[1]), &keys(&[1])).unwrap();
@@ -109,14 +109,14 @@ fn a_repeated_sum_changes_nothing_and_a_changed_one_is_refused() {
     let before = seen(&ledger);
     assert_eq!(ledger.seal(&sum(20, &[1, 2]), &keys(&[1, 2])).unwrap(), first);
     assert_eq!(seen(&ledger), before);
-    let lighter = PartialRecord { weight: 1.0, ..sum(20, &[1, 2]) };
+    let lighter = LiveObject { weight: 1.0, ..sum(20, &[1, 2]) };
     assert!(matches!(refused(&mut ledger, &Op::Seal(lighter, keys(&[1, 2]))), LedgerError::Conflict(_)));
     let more = refused(&mut ledger, &Op::Seal(sum(20, &[1, 2]), keys(&[1, 2, 3])));
     assert!(matches!(more, LedgerError::Conflict(other) if other == key(3)));
 
     // Everything was folded before the round closed: the last word brings no inputs.
     ledger.close();
-    let last = PartialRecord { is_final: true, sent_to: MIDDLE, ..sum(20, &[1, 2]) };
+    let last = LiveObject { is_final: true, sent_to: MIDDLE, ..sum(20, &[1, 2]) };
     assert_eq!(ledger.seal(&last, &[]).unwrap(), []);
     assert_eq!(ledger.get(key(20)).map(|object| (object.is_final, object.sent_to)), Some((true, MIDDLE)));
     // An old descriptor, read again, does not take that back.
@@ -158,7 +158,7 @@ fn rounds() {
     ledger.begin(4, 2).unwrap();
     let again = UpdateRecord { key: key(5), ..update(1, 4, TOP) };
     assert!(matches!(refused(&mut ledger, &Op::Admit(again)), LedgerError::Duplicate(_)));
-    let foreign = refused(&mut ledger, &Op::Seal(PartialRecord { round: 4, ..sum(20, &[1]) }, keys(&[1])));
+    let foreign = refused(&mut ledger, &Op::Seal(LiveObject { round: 4, ..sum(20, &[1]) }, keys(&[1])));
     assert!(matches!(foreign, LedgerError::Unknown(_)), "an input of another round");
     ledger.close();
     ledger.retire(4).unwrap();
