@@ -34,6 +34,8 @@ use crate::{
 
 /// After so long without news it is asked again who is alive (one and a half heartbeats of 20 s).
 const FRESH: i64 = 30_000;
+/// A round waits so long for the evaluators' word on the model before it, at most its deadline.
+const EVALUATION: i64 = 10_000;
 /// Waits between attempts grow from this...
 const BACKOFF: i64 = 1_000;
 /// ...to this.
@@ -175,7 +177,9 @@ pub fn wake(job: &JobState) -> Option<i64> {
     match (job.phase, &job.round) {
         (Phase::Gathering, _) if job.gateway => {
             times.push(job.clients.asked_at.map_or(0, |at| at + FRESH));
-            if job.clients.alive.len() < minimum(job) {
+            if let Some((until, _)) = unmeasured(job) {
+                times.push(until);
+            } else if job.clients.alive.len() < minimum(job) {
                 times.extend((!is_overdue(job)).then(|| deadline_of_gathering(job)));
             } else if is_fresh(job) {
                 times.push(job.clients.last_join + job.gathering);
@@ -323,6 +327,15 @@ fn is_fresh(job: &JobState) -> bool {
     matches!((job.clients.asked_at, job.clients.alive_at), (Some(asked), Some(told)) if told >= asked)
 }
 
+/// Evaluators who have not yet measured the last model, and until when the next round waits for them: a job with a stop
+/// condition ends with the model that met it, not with one more.
+fn unmeasured(job: &JobState) -> Option<(i64, Vec<String>)> {
+    let metric = &job.document.spec.stop.as_ref().filter(|_| job.committed > 0)?.metric;
+    let missing: Vec<String> = job.figures.missing(job.committed, &job.clients.evaluators, metric).cloned().collect();
+    let until = job.clients.since + under_way::span(job).min(EVALUATION);
+    (!missing.is_empty()).then_some((until, missing))
+}
+
 /// ## Gathering => Open | Succeeded
 fn gathering(job: &mut JobState, now: i64, out: &mut Vec<Action>) -> bool {
     if let Some(message) = job.finishing.clone() {
@@ -333,6 +346,16 @@ fn gathering(job: &mut JobState, now: i64, out: &mut Vec<Action>) -> bool {
     }
     if job.clients.asked_at.is_none_or(|at| now - at >= FRESH) {
         under_way::ask(job, now, out);
+    }
+    if let Some((until, missing)) = unmeasured(job) {
+        if now < until {
+            let (number, names) = (job.committed + 1, missing.join(", "));
+            let message = format!("round {number} waits for the figures of the model before it: of {names}");
+            job.condition(kind::PROGRESSING, true, "WaitingForEvaluators", message, now);
+            return false;
+        }
+        // Gone, or too slow: not waited for again before they report.
+        job.clients.evaluators.retain(|name| !missing.contains(name));
     }
     let here = job.clients.alive.len();
     let quiet = now - job.clients.last_join >= job.gathering;

@@ -223,6 +223,7 @@ pub struct RoundSummary {
 #[derive(Debug, Default)]
 pub(crate) struct Clients {
     pub(crate) registered: BTreeSet<String>,
+    /// Who measures the model, as far as it is heard of.
     pub(crate) evaluators: BTreeSet<String>,
     pub(crate) alive: BTreeSet<String>,
     pub(crate) picked: BTreeMap<String, u32>,
@@ -465,6 +466,17 @@ impl Figures {
         let of = if evaluator { &mut self.evaluators } else { &mut self.clients };
         of.insert(client, data);
         true
+    }
+
+    /// Which of these evaluators have not told this figure of the model of `round`.
+    pub(crate) fn missing<'a>(
+        &'a self,
+        round: u32,
+        evaluators: &'a BTreeSet<String>,
+        metric: &'a str,
+    ) -> impl Iterator<Item = &'a String> {
+        let told = move |name: &String| self.evaluators.get(name).is_some_and(|data| data.metrics.contains_key(metric));
+        evaluators.iter().filter(move |name| self.round != round || !told(name))
     }
 
     /// Each figure as the mean weighted by samples: of the evaluators where there are any, else of the clients.

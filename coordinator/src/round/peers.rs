@@ -185,6 +185,9 @@ fn joined(job: &mut JobState, client: String, evaluator: bool, now: i64, out: &m
 
 fn measured(job: &mut JobState, client: String, evaluator: bool, data: lifl_api::event::MetricsData) {
     let round = job.committed;
+    if evaluator {
+        job.clients.evaluators.insert(client.clone());
+    }
     if !job.figures.note(round, client, evaluator, data) {
         return;
     }

@@ -268,6 +268,44 @@ fn the_stop_condition_ends_after_what_was_acknowledged() {
 }
 
 #[test]
+fn the_next_round_waits_for_the_evaluators_a_while() {
+    let figures = |round, value| Event::Metrics {
+        client: "judge".into(),
+        evaluator: true,
+        data: MetricsData { round, samples: 1, metrics: [("accuracy".to_owned(), value)].into() },
+    };
+    let begin = |more: &str| {
+        let mut t = Table::usual(more);
+        t.at(0, Event::Joined { client: "judge".into(), evaluator: true });
+        t.open().done(10, 1, 4).at(20, Event::Stored(1, Ok(stored(1)))).alive(30, 6);
+        t
+    };
+    let stop = "  stop: {metric: accuracy, atLeast: 0.9}\n";
+    // Nothing is decided by the figures, or nothing is there to measure yet: nobody is waited for.
+    assert_eq!(begin("").job().phase(), Phase::Open);
+    // The model that meets the condition is the last one.
+    let mut t = begin(stop);
+    assert_eq!((t.job().phase(), t.progressing().1.as_str()), (Phase::Gathering, "WaitingForEvaluators"));
+    t.at(40, figures(0, 0.99));
+    assert_eq!(t.job().phase(), Phase::Gathering, "figures of an older model are too late");
+    t.at(50, figures(1, 0.95));
+    assert_eq!((t.job().phase(), t.job().committed()), (Phase::Succeeded, 1));
+    let mut t = begin(stop);
+    t.at(50, figures(1, 0.5));
+    assert_eq!(t.job().phase(), Phase::Open);
+    // One that is gone costs one wait, and counts again when it is back.
+    let mut t = begin(stop);
+    assert_eq!(wake(t.job()), Some(20 + 10_000));
+    t.at(20 + 10_000, Event::Tick);
+    assert_eq!(t.job().phase(), Phase::Open);
+    t.done(10_100, 2, 4).at(10_200, Event::Stored(2, Ok(stored(2)))).alive(10_300, 6);
+    assert_eq!(t.job().phase(), Phase::Open);
+    t.at(10_400, figures(2, 0.5));
+    t.done(10_500, 3, 4).at(10_600, Event::Stored(3, Ok(stored(3))));
+    assert_eq!(t.job().phase(), Phase::Succeeded, "three rounds were asked for");
+}
+
+#[test]
 fn the_first_client_brings_the_model_after_its_round_opened() {
     let mut document = job(3, 4, 2, "file:///c", "file:///m", "");
     (document.spec.model.initial.uri, document.spec.model.initial.from_first_client) = (None, true);
