@@ -74,6 +74,7 @@ const POINTS: &[(&str, &str, u32)] = &[
 const PAIRS: &[&[&str]] = &[
     &["leaf:function.folded:1", "agent:agent.buried:1"],
     &["leaf:function.sealed:1", "agent:agent.replaced:1"],
+    &["leaf:function.sealed:1", "agent:agent.checked:4"],
     &["middle:function.received:1", "agent:agent.ended:1"],
     &["middle:function.folded:1", "gateway:gateway.peeked:3"],
     &["top:function.divided:1", "gateway:gateway.closed:1"],

@@ -11,7 +11,7 @@ use std::{
 };
 
 use lifl_api::node::{FromAgent, NodeEvent, Order, ToAgent};
-use lifl_daemon::{Channel, Child, ChildError, Startup};
+use lifl_daemon::{Channel, ChannelError, Child, ChildError, Startup};
 use lifl_ebpf::{Path, PathError, PathKind};
 use lifl_ebpf_common::{maps::RouteKey, role};
 use serde::{Serialize, de::DeserializeOwned};
@@ -131,6 +131,7 @@ fn hear<T: DeserializeOwned + Send + 'static>(
             match channel.recv::<T>().await {
                 Ok(Some((message, fds))) => drop(events.send(word(message, fds))),
                 Ok(None) => break,
+                Err(error @ ChannelError::Words { .. }) => tracing::error!(%error, "word not understood"),
                 Err(error) => {
                     tracing::warn!(%error, "channel");
                     break;

@@ -2,13 +2,14 @@
 
 use std::{
     collections::{BTreeMap, HashMap},
+    io,
     os::fd::{AsFd as _, OwnedFd},
 };
 
 use lifl_api::node::{RoleConfig, ToAgent};
 use lifl_daemon::{ChannelError, SyncChannel};
 use lifl_ebpf_common::{Descriptor, descriptor::ObjectKey, role};
-use lifl_shm::{Arena, MapError, Object, ObjectError, Segment, SegmentReader, SegmentSpec, SlotWriter};
+use lifl_shm::{Arena, Growth, MapError, Object, ObjectError, Segment, SegmentReader, SegmentSpec, SlotWriter};
 
 /// Sums that take turns.
 const SUM_SLOTS: u64 = 2;
@@ -27,6 +28,8 @@ pub(crate) struct Memory {
     /// The agent refused the last request.
     pub(crate) refused: bool,
     segments: HashMap<u32, SegmentReader>,
+    /// A new segment that the agent does not keep yet: what is sealed in it could die with this process.
+    pending: Option<(u32, Growth)>,
     /// Own segments and their bytes, to be told again to a restarted agent.
     own: BTreeMap<u32, (OwnedFd, u64)>,
     /// Segments written in an earlier role, and the round from which on nothing in them is needed.
@@ -66,6 +69,7 @@ impl Memory {
             next_request: 1,
             refused: false,
             segments: HashMap::new(),
+            pending: None,
             own: BTreeMap::new(),
             retired: Vec::new(),
             elements: config.elements,
@@ -80,6 +84,7 @@ impl Memory {
             self.arena.set_limit(fresh.arena.limit());
         } else {
             self.arena = fresh.arena;
+            self.pending = None;
             // A model of the last round is served until the next one is committed, a partial not so long.
             let known = |retired: &[(u32, u32)], id| retired.iter().any(|(old, _)| *old == id);
             let new: Vec<u32> = self.own.keys().copied().filter(|id| !known(&self.retired, *id)).collect();
@@ -114,7 +119,7 @@ impl Memory {
         }
         let spec = self.arena.spec();
         let bytes = Segment::bytes_of(spec).unwrap_or(u64::MAX);
-        if self.asked.is_none() && self.arena.bytes() + bytes <= self.arena.limit() {
+        if self.asked.is_none() && self.pending.is_none() && self.arena.bytes() + bytes <= self.arena.limit() {
             let request = self.next_request;
             self.next_request += 1;
             self.asked = Some(request);
@@ -130,14 +135,13 @@ impl Memory {
             return Ok(());
         }
         let chain = self.arena.spec().chain;
-        match self.arena.grow() {
-            Ok(growth) => {
+        let made = self.arena.grow().map_err(io::Error::other);
+        match made.and_then(|growth| Ok((growth.fd().try_clone_to_owned()?, growth))) {
+            Ok((fd, growth)) => {
                 let bytes = growth.bytes();
                 agent.send(&ToAgent::Segment { chain, segment: id, bytes }, &[growth.fd()])?;
-                match growth.admit(id) {
-                    Ok((_, fd)) => drop(self.own.insert(id, (fd, bytes))),
-                    Err(error) => tracing::error!(%error, segment = id, "granted segment"),
-                }
+                self.own.insert(id, (fd, bytes));
+                self.pending = Some((id, growth));
             }
             Err(error) => {
                 tracing::error!(%error, "segment granted but not made");
@@ -146,6 +150,15 @@ impl Memory {
             }
         }
         Ok(())
+    }
+
+    /// The agent keeps the segment: its slots may be used.
+    pub(crate) fn kept(&mut self, id: u32) {
+        if let Some((_, growth)) = self.pending.take_if(|(pending, _)| *pending == id)
+            && let Err(error) = growth.admit(id)
+        {
+            tracing::error!(%error, segment = id, "granted segment");
+        }
     }
 
     /// The agent refused: its quota is used up for now.

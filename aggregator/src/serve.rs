@@ -188,6 +188,7 @@ impl Function {
             (FromAgent::Granted { request, segment, .. }, Some(work)) => {
                 work.memory.granted(request, segment, &self.agent)?
             }
+            (FromAgent::Kept { segment, .. }, Some(work)) => work.memory.kept(segment),
             (FromAgent::Refused { request, reason, .. }, Some(work)) => {
                 tracing::debug!(reason, "no segment for now");
                 work.memory.was_refused(request);

@@ -297,6 +297,7 @@ fn play_agent(
                 }
                 segments.0.lock().unwrap().insert(segment, (role, fd));
                 segments.1.notify_all();
+                control.send(&FromAgent::Kept { chain, segment }, &[]).unwrap();
             }
             ToAgent::Failed { reason } => panic!("function {role}: {reason}"),
             _ => {}

@@ -21,9 +21,9 @@ pub(crate) type Outcome<T = ()> = Result<T, libtest_mimic::Failed>;
 
 /// What a test waits for at most; reaching it is a failure, no measure of speed.
 ///
-/// Longer than the 60 s after which the coordinator restarts the aggregators of a closed round that brings no model: one run in
-/// some hundred still needs that (CHANGELOG, known faults).
-pub(crate) const PATIENCE: Duration = Duration::from_secs(200);
+/// Shorter than the 60 s after which the coordinator restarts the aggregators of a closed round that brings no model: that would
+/// hide a stall.
+pub(crate) const PATIENCE: Duration = Duration::from_secs(50);
 /// Pause between two looks at something that tells nobody when it changes.
 const LOOK: Duration = Duration::from_millis(10);
 

@@ -187,7 +187,7 @@ impl Agent {
         Ok(())
     }
 
-    fn last_words(&self, seat: u32, reason: String) {
+    pub(super) fn last_words(&self, seat: u32, reason: String) {
         if let Some(member) = self.state().member(seat) {
             tracing::warn!(seat, reason, "function failed");
             member.last_words = Some(reason);

@@ -127,27 +127,21 @@ impl Agent {
         // An adopted writer tells all its segments again.
         let owner = seat.unwrap_or(GATEWAY_SEAT);
         let known = |entry: &Chain| entry.segments.get(&id).is_some_and(|s| s.meta.seat == owner && s.fd.is_some());
+        let kept = FromAgent::Kept { chain, segment: id };
         if self.state().chains.get(&chain).is_some_and(known) {
+            tell(self.writer_channel(seat).as_ref(), &kept, &[]).await;
             return Ok(());
         }
         failpoint("agent.checked");
-        let checked = SegmentReader::map(&fd, chain, id).map(|reader| reader.bytes());
-        let meta = {
-            let mut state = self.state();
-            let entry = state.chains.get_mut(&chain).and_then(|c| c.segments.get_mut(&id));
-            match (entry, checked) {
-                (Some(entry), Ok(bytes))
-                    if entry.meta.seat == owner && entry.fd.is_none() && bytes <= entry.meta.bytes =>
-                {
-                    entry.fd = fd.try_clone().ok();
-                    entry.meta
+        let meta = match self.check(chain, owner, id, &fd) {
+            Ok(meta) => meta,
+            Err(reason) => {
+                tracing::warn!(chain, segment = id, writer, reason, "segment refused");
+                if let Some(seat) = seat {
+                    self.last_words(seat, format!("segment {id} refused: {reason}"));
+                    self.ended(seat);
                 }
-                (_, checked) => {
-                    let reason =
-                        checked.map_or_else(|e| e.to_string(), |bytes| format!("{bytes} bytes, not as granted"));
-                    tracing::warn!(chain, segment = id, writer, reason, "segment refused");
-                    return Ok(());
-                }
+                return Ok(());
             }
         };
         self.child.deposit(&format!("segment/{chain}/{id}"), &meta, &[fd.as_fd()]).await?;
@@ -156,7 +150,20 @@ impl Agent {
         for to in self.readers(chain, meta.seat) {
             tell(Some(&to), &word, &[fd.as_fd()]).await;
         }
+        // Only now may the writer speak of what is in it: from here on its own death, or this process's, loses nothing.
+        tell(self.writer_channel(seat).as_ref(), &kept, &[]).await;
         Ok(())
+    }
+
+    /// Notes a segment that is as it was granted.
+    fn check(&self, chain: u32, owner: u32, id: u32, fd: &OwnedFd) -> Result<SegmentMeta, String> {
+        let bytes = SegmentReader::map(fd, chain, id).map(|reader| reader.bytes()).map_err(|e| e.to_string())?;
+        let mut state = self.state();
+        let entry = state.chains.get_mut(&chain).and_then(|c| c.segments.get_mut(&id));
+        let granted = entry.filter(|s| s.meta.seat == owner && s.fd.is_none() && bytes <= s.meta.bytes);
+        let segment = granted.ok_or_else(|| format!("{bytes} bytes, not as granted"))?;
+        segment.fd = Some(fd.try_clone().map_err(|e| e.to_string())?);
+        Ok(segment.meta)
     }
 
     /// Everyone in the chain but the writer.

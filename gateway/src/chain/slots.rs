@@ -171,13 +171,16 @@ async fn one_segment(gateway: &Arc<Gateway>, chain: &Arc<Chain>, arena: Arena, b
     let key = segment_key(chain.id, segment);
     gateway.child.deposit(&key, &bytes, &[growth.fd()]).await.map_err(|e| e.to_string())?;
     let fd = growth.fd().try_clone_to_owned().map_err(|e| e.to_string())?;
-    gateway.agent.announce(chain.id, segment, bytes, fd).await;
-    let (_, fd) = growth.admit(segment).map_err(|e| e.to_string())?;
-    let mut inner = chain.lock();
-    inner.own.insert(segment, Own { fd, bytes, old: None });
-    let total = inner.own.values().map(|own| own.bytes).sum();
-    inner.totals.shm_peak_bytes = inner.totals.shm_peak_bytes.max(total);
-    Ok(())
+    // A new agent is told of all own segments: this one too, if it comes before the old one kept it.
+    let own = Own { fd: fd.try_clone().map_err(|e| e.to_string())?, bytes, old: None };
+    {
+        let mut inner = chain.lock();
+        inner.own.insert(segment, own);
+        let total = inner.own.values().map(|own| own.bytes).sum();
+        inner.totals.shm_peak_bytes = inner.totals.shm_peak_bytes.max(total);
+    }
+    gateway.agent.share(chain.id, segment, bytes, fd).await;
+    growth.admit(segment).map(drop).map_err(|e| e.to_string())
 }
 
 /// Key of a segment's deposit.

@@ -24,7 +24,6 @@ use crate::{
 pub(crate) struct Order {
     word: ToAgent,
     fd: Option<OwnedFd>,
-    sent: Option<oneshot::Sender<()>>,
 }
 
 /// The agent as the rest of the gateway sees it.
@@ -39,6 +38,8 @@ pub(crate) struct Agent {
 struct Grants {
     last: u64,
     waiting: HashMap<u64, Grant>,
+    /// Segments that the agent does not keep yet: (chain, segment).
+    unkept: HashMap<(u32, u32), oneshot::Sender<()>>,
 }
 
 #[derive(Debug)]
@@ -69,29 +70,37 @@ impl Agent {
             grants.waiting.insert(request, Grant { chain, bytes, answer });
             request
         };
-        self.say(ToAgent::Grant { request, chain, bytes }, None, None);
+        self.say(ToAgent::Grant { request, chain, bytes }, None);
         granted.await.unwrap_or_else(|_gone| Err("the gateway ends".to_owned()))
     }
 
-    /// Has a new segment handed to the members; returns when the agent was told.
-    pub(crate) async fn announce(&self, chain: u32, segment: u32, bytes: u64, fd: OwnedFd) {
-        let (sent, told) = oneshot::channel();
-        self.say(ToAgent::Segment { chain, segment, bytes }, Some(fd), Some(sent));
-        let _the_process_ends = told.await;
+    /// Has a new segment handed to the members; returns when all were told. Waits for an agent that is away.
+    pub(crate) async fn share(&self, chain: u32, segment: u32, bytes: u64, fd: OwnedFd) {
+        let (keeper, kept) = oneshot::channel();
+        self.grants().unkept.insert((chain, segment), keeper);
+        self.say(ToAgent::Segment { chain, segment, bytes }, Some(fd));
+        let _the_process_ends = kept.await;
     }
 
     pub(crate) fn drop_segment(&self, chain: u32, segment: u32) {
-        self.say(ToAgent::DropSegment { chain, segment }, None, None);
+        self.say(ToAgent::DropSegment { chain, segment }, None);
     }
 
-    fn say(&self, word: ToAgent, fd: Option<OwnedFd>, sent: Option<oneshot::Sender<()>>) {
-        let _the_process_ends = self.out.send(Order { word, fd, sent });
+    fn say(&self, word: ToAgent, fd: Option<OwnedFd>) {
+        let _the_process_ends = self.out.send(Order { word, fd });
     }
 
     fn answered(&self, request: u64, answer: Result<u32, String>) {
         let grant = self.grants().waiting.remove(&request);
         if let Some(Grant { answer: waiting, .. }) = grant {
             let _asker_gave_up = waiting.send(answer);
+        }
+    }
+
+    fn kept(&self, chain: u32, segment: u32) {
+        let keeper = self.grants().unkept.remove(&(chain, segment));
+        if let Some(keeper) = keeper {
+            let _asker_gave_up = keeper.send(());
         }
     }
 
@@ -207,8 +216,6 @@ async fn carry_out(gateway: &Arc<Gateway>, channel: &Channel, order: Order) -> R
     if result.is_err() {
         // The next agent gets it.
         let _the_process_ends = gateway.agent.out.send(order);
-    } else if let Some(sent) = order.sent {
-        let _nobody_waits = sent.send(());
     }
     result.map_err(Some)
 }
@@ -217,6 +224,7 @@ fn heed(gateway: &Arc<Gateway>, word: FromAgent, fds: Vec<OwnedFd>, data: &mpsc:
     let fd = fds.into_iter().next();
     match (word, fd) {
         (FromAgent::Granted { request, segment, .. }, _) => gateway.agent.answered(request, Ok(segment)),
+        (FromAgent::Kept { chain, segment }, _) => gateway.agent.kept(chain, segment),
         (FromAgent::Refused { request, reason, .. }, _) => gateway.agent.answered(request, Err(reason)),
         (FromAgent::Segment { chain, segment, writer }, Some(fd)) => match gateway.chain(chain) {
             Some(chain) => add_segment(gateway, &chain, segment, writer, fd),

@@ -303,9 +303,10 @@ async fn grant(agent: Arc<Agent>) {
                 };
                 agent.channel.send(&answer, &[]).await.unwrap();
             }
-            ToAgent::Segment { segment, .. } => {
+            ToAgent::Segment { chain, segment, .. } => {
                 let fd = Arc::new(fds.remove(0));
                 agent.segments.send_modify(|all| drop(all.insert(segment, fd)));
+                agent.channel.send(&FromAgent::Kept { chain, segment }, &[]).await.unwrap();
             }
             ToAgent::DropSegment { segment, .. } => agent.dropped.lock().unwrap().push(segment),
             other => panic!("{other:?}"),

@@ -115,6 +115,13 @@ pub enum FromAgent {
         /// Why, with figures.
         reason: String,
     },
+    /// To the writer of a segment: it is kept, and all members were told of it. What is sealed in it outlives its writer.
+    Kept {
+        /// Chain.
+        chain: u32,
+        /// Segment.
+        segment: u32,
+    },
     /// A segment of a member (fd beside), read-only.
     Segment {
         /// Chain.
