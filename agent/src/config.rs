@@ -1,5 +1,7 @@
 //! What the agent is told at its start.
 
+use std::path::PathBuf;
+
 use serde::{Deserialize, Serialize};
 
 /// Configuration of an agent.
@@ -20,9 +22,30 @@ pub struct Config {
     /// What functions log.
     #[serde(default = "default_log_level")]
     pub log_level: String,
+    /// Where the network namespaces of pods are mounted.
+    #[serde(default = "default_netns")]
+    pub netns: PathBuf,
+    /// Serve the pods of this Kubernetes node.
+    #[serde(default)]
+    pub node: Option<Node>,
     /// `role:name:n`: where the first function in this role is to die (tests).
     #[serde(default)]
     pub function_failpoint: Option<String>,
+}
+
+/// A node of a Kubernetes cluster.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Node {
+    /// Its name.
+    pub name: String,
+    /// How to reach the API server; none: as a pod of the cluster does.
+    #[serde(default)]
+    pub kubeconfig: Option<PathBuf>,
+}
+
+fn default_netns() -> PathBuf {
+    "/run/netns".into()
 }
 
 fn default_uid_base() -> u32 {

@@ -2,6 +2,7 @@
 
 mod adopt;
 mod functions;
+mod node;
 mod segments;
 
 use std::{
@@ -10,7 +11,10 @@ use std::{
     sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
-use lifl_api::node::{FromAgent, NodeEvent, Order, ToAgent};
+use lifl_api::{
+    node::{FromAgent, NodeEvent, Order, ToAgent},
+    pod::NodePod,
+};
 use lifl_daemon::{Channel, ChannelError, Child, ChildError, Startup};
 use lifl_ebpf::{Path, PathError, PathKind};
 use lifl_ebpf_common::{maps::RouteKey, role};
@@ -24,6 +28,7 @@ use crate::{
     cgroup::Cgroups,
     config::Config,
     metrics,
+    pods::Pods,
     state::{Chain, ChainMeta, GATEWAY_SEAT, State},
 };
 
@@ -60,6 +65,8 @@ enum Event {
     Ended(u32),
     /// ... and all that it sent is delivered.
     Drained(u32, String),
+    /// The pods that this node is to serve.
+    Pods(Vec<NodePod>),
     Drain,
 }
 
@@ -75,6 +82,7 @@ struct Agent {
     coordinator: Option<Arc<Channel>>,
     /// The gateway's data socket: end A, given to each of its lives, and end B.
     gateway_socket: (OwnedFd, OwnedFd),
+    pods: Pods,
     events: mpsc::UnboundedSender<Event>,
     failpoint: Option<String>,
     /// No agent was here before.
@@ -96,11 +104,21 @@ pub async fn run(child: Child, startup: Startup) -> Result<(), AgentError> {
     // default action of SIGCHLD must not be "ignore", or their exit codes would be lost.
     let _kept = signal(SignalKind::child())?;
     child.ready().await?;
-    while let Some(event) = heard.recv().await {
-        if matches!(event, Event::Drain) {
-            break;
+    if let Some(node) = agent.config.node.clone() {
+        tokio::spawn(node::watch(node, events.clone()));
+    }
+    loop {
+        let event = tokio::select! {
+            event = heard.recv() => event,
+            () = node::until(agent.pods.next_try()) => {
+                agent.retry_pods().await?;
+                continue;
+            }
+        };
+        match event {
+            None | Some(Event::Drain) => break,
+            Some(event) => agent.handle(event).await?,
         }
-        agent.handle(event).await?;
     }
     agent.end();
     Ok(())
@@ -198,6 +216,8 @@ impl Agent {
         match event {
             Event::Peer(name, channel) => self.meet(&name, channel).await,
             Event::Order(order) => self.obey(order).await?,
+            Event::Pods(pods) => self.serve_pods(pods).await?,
+            Event::Gateway(ToAgent::Pod(ask), _) => self.answer_gateway(ask).await,
             Event::Gateway(word, fds) => self.segment_word(None, word, fds).await?,
             Event::Function(seat, word, fds) => self.function_word(seat, word, fds).await?,
             Event::Ended(seat) => self.ended(seat),
@@ -234,6 +254,9 @@ impl Agent {
                 tell(Some(&channel), &FromAgent::Synced { path: self.path_name().to_owned() }, &[]).await;
                 for (chain, role) in self.successors() {
                     tell(Some(&channel), &FromAgent::Replaced { chain, role }, &[]).await;
+                }
+                for telling in self.pods.all() {
+                    tell(Some(&channel), &FromAgent::Pod(telling.word.clone()), &telling.fds()).await;
                 }
                 self.gateway = Some(channel);
             }

@@ -20,9 +20,10 @@ mod config;
 mod edge;
 mod metrics;
 mod plan;
+pub mod pods;
 mod process;
 mod state;
 
-pub use config::Config;
+pub use config::{Config, Node};
 pub use edge::{AgentError, run};
 pub use plan::{Change, changes};

@@ -16,6 +16,7 @@
 //! | `watch` | the edges to agent, coordinator and aggregators; what survives this process |
 //! | `layout`, `intake`, `pace`, `token`, `clients` | pure parts of an upload |
 //! | `problem` | the one table of refusals |
+//! | [`ingress`] | requests to Knative's services |
 //!
 //! This process may die at any instant: ledger, segments, sockets and the state of each chain are deposited with the
 //! supervisor before anyone can see their effect, and whatever is read from aggregators is read again.
@@ -24,11 +25,13 @@
 mod chain;
 mod clients;
 mod config;
+pub mod ingress;
 mod intake;
 mod journal;
 mod layout;
 mod metrics;
 mod pace;
+pub mod pods;
 mod problem;
 mod serve;
 mod state;
@@ -94,7 +97,7 @@ pub async fn run(child: Child, startup: Startup) -> Result<(), GatewayError> {
     tokio::spawn(watch::data::run(Arc::clone(&gateway), command_queue, restored.staged));
     tokio::spawn(watch::outbox::run(Arc::clone(&gateway), commands.clone()));
     tokio::spawn(watch::models(Arc::clone(&gateway), queues.gone));
-    tokio::spawn(watch::agent::run(Arc::clone(&gateway), agent_channels, queues.agent, commands));
+    tokio::spawn(watch::agent::run(Arc::clone(&gateway), agent_channels, queues.agent, queues.asks, commands));
     tokio::spawn(watch::coordinator::run(Arc::clone(&gateway), coordinator_channels, queues.coordinator));
     tokio::spawn(watch::peers(Arc::clone(&gateway), agents, coordinators));
 

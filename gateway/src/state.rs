@@ -6,9 +6,10 @@ use std::{
     sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock},
 };
 
-use lifl_api::node::FromGateway;
+use lifl_api::{node::FromGateway, pod::PodAsk};
 use lifl_daemon::Child;
 use lifl_ebpf::Descriptor;
+use lifl_proxy::Limits;
 use serde_json::{Value, json};
 use tokio::sync::{mpsc, watch};
 
@@ -17,6 +18,7 @@ use crate::{
     config::Config,
     journal::Journals,
     metrics::Metrics,
+    pods::Pods,
     watch::{agent::Agent, outbox::Outbox},
 };
 
@@ -28,6 +30,7 @@ pub(crate) struct Gateway {
     pub(crate) metrics: Metrics,
     pub(crate) agent: Agent,
     pub(crate) outbox: Outbox,
+    pub(crate) pods: Pods,
     pub(crate) journals: Journals,
     pub(crate) coordinator: mpsc::UnboundedSender<Word>,
     pub(crate) gone: mpsc::UnboundedSender<Gone>,
@@ -65,6 +68,7 @@ struct Chains {
 pub(crate) struct Queues {
     pub(crate) coordinator: mpsc::UnboundedReceiver<Word>,
     pub(crate) agent: mpsc::UnboundedReceiver<crate::watch::agent::Order>,
+    pub(crate) asks: mpsc::UnboundedReceiver<PodAsk>,
     pub(crate) gone: mpsc::UnboundedReceiver<Gone>,
 }
 
@@ -76,6 +80,8 @@ impl Gateway {
         let (coordinator, coordinator_queue) = mpsc::unbounded_channel();
         let (agent, agent_queue) = mpsc::unbounded_channel();
         let (gone, gone_queue) = mpsc::unbounded_channel();
+        let (ask, asks) = mpsc::unbounded_channel();
+        let limits = Limits { connections: config.max_connections, ..Limits::default() };
         let gateway = Arc::new(Self {
             journals: Journals::new(config.journal_dir.clone()),
             config,
@@ -83,13 +89,14 @@ impl Gateway {
             metrics,
             agent: Agent::new(agent),
             outbox: Outbox::default(),
+            pods: Pods::new(ask, limits),
             coordinator,
             gone,
             draining: watch::Sender::new(false),
             chains: RwLock::default(),
             orphans: Mutex::default(),
         });
-        Ok((gateway, Queues { coordinator: coordinator_queue, agent: agent_queue, gone: gone_queue }))
+        Ok((gateway, Queues { coordinator: coordinator_queue, agent: agent_queue, asks, gone: gone_queue }))
     }
 
     /// Changes a chain and carries out what that causes: descriptors in the order of the changes, slots, segments.
@@ -146,6 +153,7 @@ impl Gateway {
         let chains: Vec<Value> = self.chains().iter().map(|chain| status_of(chain)).collect();
         json!({
             "draining": self.is_draining(),
+            "pods": self.pods.document(),
             "agent": self.agent.is_connected(),
             "descriptors": self.outbox.figures(),
             "chains": chains,

@@ -20,6 +20,7 @@ use super::{Agent, AgentError, Event, hear, segments::segments_of, tell};
 use crate::{
     cgroup::Cgroups,
     config::Config,
+    pods::Pods,
     process,
     state::{Chain, ChainMeta, GATEWAY_SEAT, Member, MemberMeta, Segment, SegmentMeta, State},
 };
@@ -34,6 +35,7 @@ struct Kept {
     chains: Vec<(u32, ChainMeta)>,
     segments: Vec<(u32, u32, SegmentMeta, Option<OwnedFd>)>,
     members: Vec<(MemberMeta, OwnedFd, OwnedFd, OwnedFd)>,
+    pods: Vec<Deposit>,
 }
 
 // === impl Kept ===
@@ -41,6 +43,9 @@ struct Kept {
 impl Kept {
     fn sort(deposits: Vec<Deposit>) -> Self {
         let mut kept = Self::default();
+        let (pods, deposits) = deposits.into_iter().partition(|deposit| Pods::owns(&deposit.key));
+        kept.pods = pods;
+        let deposits: Vec<Deposit> = deposits;
         for Deposit { key, meta, fds } in deposits {
             let mut fds = fds.into_iter();
             let mut parts = key.split('/');
@@ -106,6 +111,8 @@ impl Agent {
             path.register(Some(socket.as_fd()), near.as_fd(), GATEWAY)?;
         }
         failpoint("agent.registered");
+        let folder = config.netns.clone();
+        let pods = Pods::adopt(child.clone(), folder, std::mem::take(&mut kept.pods)).await?;
         let supervisor = rustix::process::getppid().map_or(0, |pid| pid.as_raw_nonzero().get());
         let mut agent = Self {
             failpoint: config.function_failpoint.clone().filter(|_| startup.first),
@@ -117,6 +124,7 @@ impl Agent {
             gateway: None,
             coordinator: None,
             gateway_socket: (socket, near),
+            pods,
             events,
             first: startup.first,
             early: Vec::new(),

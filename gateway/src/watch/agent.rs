@@ -9,7 +9,10 @@ use std::{
     },
 };
 
-use lifl_api::node::{FromAgent, ToAgent};
+use lifl_api::{
+    node::{FromAgent, ToAgent},
+    pod::PodAsk,
+};
 use lifl_daemon::{Channel, ChannelError};
 use tokio::sync::{mpsc, oneshot};
 
@@ -124,6 +127,7 @@ pub(crate) async fn run(
     gateway: Arc<Gateway>,
     mut channels: mpsc::UnboundedReceiver<Channel>,
     mut orders: mpsc::UnboundedReceiver<Order>,
+    mut asks: mpsc::UnboundedReceiver<PodAsk>,
     data: mpsc::UnboundedSender<Command>,
 ) {
     let mut channel: Option<Channel> = None;
@@ -134,10 +138,12 @@ pub(crate) async fn run(
             new = channels.recv() => Event::Channel(new),
             word = receive(channel.as_ref()), if connected => Event::Word(word),
             order = orders.recv(), if connected => Event::Order(order),
+            ask = asks.recv(), if connected => Event::Ask(ask),
         };
         let kept = match event {
-            Event::Channel(None) | Event::Order(None) => return,
+            Event::Channel(None) | Event::Order(None) | Event::Ask(None) => return,
             Event::Channel(Some(new)) => {
+                gateway.pods.agent_is_new();
                 let replayed = replay(&gateway, &new).await;
                 channel = Some(new);
                 replayed
@@ -159,6 +165,10 @@ pub(crate) async fn run(
                 Ok(())
             }
             Event::Word(Err(error)) => Err(Some(error)),
+            Event::Ask(Some(ask)) => match channel.as_ref() {
+                Some(channel) => channel.send(&ToAgent::Pod(ask), &[]).await.map_err(Some),
+                None => Ok(()),
+            },
             Event::Order(Some(order)) => match channel.as_ref() {
                 Some(channel) => carry_out(&gateway, channel, order).await,
                 None => Ok(()),
@@ -176,6 +186,7 @@ enum Event {
     Channel(Option<Channel>),
     Word(Result<Option<(FromAgent, Vec<OwnedFd>)>, ChannelError>),
     Order(Option<Order>),
+    Ask(Option<PodAsk>),
 }
 
 async fn receive(channel: Option<&Channel>) -> Result<Option<(FromAgent, Vec<OwnedFd>)>, ChannelError> {
@@ -221,6 +232,9 @@ async fn carry_out(gateway: &Arc<Gateway>, channel: &Channel, order: Order) -> R
 }
 
 fn heed(gateway: &Arc<Gateway>, word: FromAgent, fds: Vec<OwnedFd>, data: &mpsc::UnboundedSender<Command>) {
+    if let FromAgent::Pod(word) = word {
+        return gateway.pods.heed(word, fds);
+    }
     let fd = fds.into_iter().next();
     match (word, fd) {
         (FromAgent::Granted { request, segment, .. }, _) => gateway.agent.answered(request, Ok(segment)),

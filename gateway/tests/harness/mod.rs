@@ -16,6 +16,7 @@ use std::{
 use lifl_api::{
     job::FederatedJob,
     node::{FromAgent, FromGateway, ToAgent, ToGateway, Tree},
+    pod::{PodAsk, PodWord},
 };
 use lifl_daemon::{Channel, Child, Deposit, Startup, TestSupervisor};
 use lifl_ebpf::{Descriptor, Kind, ObjectKey, role, wire::DescriptorSocket};
@@ -309,9 +310,20 @@ async fn grant(agent: Arc<Agent>) {
                 agent.channel.send(&FromAgent::Kept { chain, segment }, &[]).await.unwrap();
             }
             ToAgent::DropSegment { segment, .. } => agent.dropped.lock().unwrap().push(segment),
+            // A pod whose network namespace is this process's own.
+            ToAgent::Pod(PodAsk::Sockets { place, count }) => {
+                let fds: Vec<OwnedFd> = (0..count).map(|_| unconnected()).collect();
+                let fds: Vec<_> = fds.iter().map(|fd| fd.as_fd()).collect();
+                agent.channel.send(&FromAgent::Pod(PodWord::Sockets { place }), &fds).await.unwrap();
+            }
             other => panic!("{other:?}"),
         }
     }
+}
+
+fn unconnected() -> OwnedFd {
+    use rustix::net::{AddressFamily, SocketFlags, SocketType, socket_with};
+    socket_with(AddressFamily::INET, SocketType::STREAM, SocketFlags::CLOEXEC | SocketFlags::NONBLOCK, None).unwrap()
 }
 
 pub(crate) fn path(rest: &str) -> String {

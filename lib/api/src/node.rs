@@ -4,7 +4,11 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::{event::MetricsData, job::FederatedJob};
+use crate::{
+    event::MetricsData,
+    job::FederatedJob,
+    pod::{PodAsk, PodWord},
+};
 
 /// What an aggregator is to be. Roles change by message, without restart.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -92,6 +96,8 @@ pub enum ToAgent {
         /// Why.
         reason: String,
     },
+    /// The gateway, of a pod that it serves.
+    Pod(PodAsk),
 }
 
 /// Words of the agent to writers and members.
@@ -162,6 +168,8 @@ pub enum FromAgent {
         /// `ebpf` or `userspace`.
         path: String,
     },
+    /// To the gateway: of the node's pods.
+    Pod(PodWord),
     /// The agent was restarted: ask again what was not answered.
     Adopted,
     /// End after the current work.

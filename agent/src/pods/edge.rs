@@ -1,0 +1,300 @@
+//! Carries out what [`decide`] says: opens, keeps, hands on.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    io,
+    os::fd::{AsFd, BorrowedFd, OwnedFd},
+    path::PathBuf,
+    sync::Arc,
+    time::Instant,
+};
+
+use lifl_api::pod::{MAX_SOCKETS, NodePod, PodAsk, PodPort, PodWord};
+use lifl_daemon::{Child, ChildError, Deposit, failpoint};
+use rustix::net::{Shutdown, shutdown, sockopt::socket_cookie};
+use serde::{Deserialize, Serialize};
+
+use super::{
+    namespace::{self, Namespace, Opened},
+    plan::{Action, Standing, decide, next_try, pause},
+};
+
+/// The pods of this node.
+#[derive(Debug)]
+pub struct Pods {
+    child: Arc<Child>,
+    /// Where network namespaces are mounted.
+    folder: PathBuf,
+    known: BTreeMap<String, Entry>,
+    /// The pods as last listed; none before the first list, so that what was adopted is served until then.
+    wanted: Option<Vec<NodePod>>,
+}
+
+/// What came of a step.
+#[derive(Debug)]
+pub enum Report {
+    /// For the gateway.
+    Tell(Telling),
+    /// This pod is not served, and nobody else serves it: worth an Event. Said once for each reason.
+    Cannot {
+        /// The pod.
+        pod: Box<NodePod>,
+        /// Why.
+        reason: String,
+    },
+}
+
+/// A word for the gateway and what goes beside it.
+#[derive(Clone, Debug)]
+pub struct Telling {
+    /// The word.
+    pub word: PodWord,
+    fds: Arc<Vec<OwnedFd>>,
+}
+
+#[derive(Debug)]
+enum Entry {
+    Open(Open),
+    Cannot { pod: NodePod, reason: String, tries: u32, again: Instant },
+}
+
+#[derive(Debug)]
+struct Open {
+    pod: NodePod,
+    place: u64,
+    namespace: Namespace,
+    ports: Vec<PodPort>,
+    listeners: Arc<Vec<OwnedFd>>,
+}
+
+/// What is deposited of an open pod, beside its namespace and its listeners.
+#[derive(Debug, Serialize, Deserialize)]
+struct Kept {
+    pod: NodePod,
+    mount: String,
+    ports: Vec<PodPort>,
+}
+
+// === impl Pods ===
+
+impl Pods {
+    /// Key of a pod's deposit: `pod/UID`.
+    pub const DEPOSIT: &str = "pod";
+
+    /// Whether a deposit is one of these.
+    #[must_use]
+    pub fn owns(key: &str) -> bool {
+        key.split_once('/').is_some_and(|(kind, _)| kind == Self::DEPOSIT)
+    }
+
+    /// Takes back what an earlier agent had open: the same sockets, with whatever waits in them.
+    ///
+    /// # Errors
+    /// When the supervisor is gone.
+    pub async fn adopt(child: Arc<Child>, folder: PathBuf, kept: Vec<Deposit>) -> Result<Self, ChildError> {
+        let mut known = BTreeMap::new();
+        for Deposit { key, meta, fds } in kept {
+            match Open::adopt(meta, fds) {
+                Ok(open) => drop(known.insert(open.pod.uid.clone(), Entry::Open(open))),
+                Err(error) => {
+                    tracing::error!(%error, key, "deposit of a pod: opened anew");
+                    child.remove(&key).await?;
+                }
+            }
+        }
+        Ok(Self { child, folder, known, wanted: None })
+    }
+
+    /// Serves these pods and no others.
+    ///
+    /// # Errors
+    /// When the supervisor is gone: what is not kept must not be used.
+    pub async fn wish(&mut self, pods: Vec<NodePod>, now: Instant) -> Result<Vec<Report>, ChildError> {
+        self.wanted = Some(pods);
+        self.step(now).await
+    }
+
+    /// Tries again what could not be opened, when its time has come ([`Pods::next_try`]), and notices namespaces that are gone.
+    ///
+    /// # Errors
+    /// As [`Pods::wish`].
+    pub async fn step(&mut self, now: Instant) -> Result<Vec<Report>, ChildError> {
+        let Some(wanted) = &self.wanted else { return Ok(Vec::new()) };
+        let actions = decide(wanted, &self.standings(), now);
+        let (mut out, mut opening) = (Vec::new(), Vec::new());
+        for action in actions {
+            match action {
+                Action::Close { uid } => out.extend(self.close(&uid).await?.map(Report::Tell)),
+                Action::Open { pod, tries } => opening.push((pod, tries)),
+                Action::Refuse { pod, tries, reason } => out.extend(self.cannot(pod, tries, reason, now)),
+                Action::Tell { pod } => out.extend(self.changed(pod).await?.map(Report::Tell)),
+            }
+        }
+        if !opening.is_empty() {
+            out.append(&mut self.open(opening, now).await?);
+        }
+        Ok(out)
+    }
+
+    /// When [`Pods::step`] has something to do.
+    #[must_use]
+    pub fn next_try(&self) -> Option<Instant> {
+        next_try(&self.standings())
+    }
+
+    /// Everything, for a gateway that (re)started.
+    #[must_use]
+    pub fn all(&self) -> Vec<Telling> {
+        let mut out: Vec<Telling> = self.open_pods().map(Open::serve).collect();
+        out.push(Telling::bare(PodWord::Synced));
+        out
+    }
+
+    /// Does what the gateway asks for.
+    pub async fn answer(&self, ask: PodAsk) -> Telling {
+        let PodAsk::Sockets { place, count } = ask;
+        let made = match self.open_pods().find(|open| open.place == place) {
+            Some(open) => namespace::sockets(open.namespace.fd.clone(), count.min(MAX_SOCKETS)).await,
+            None => Err(io::Error::new(io::ErrorKind::NotFound, "no such pod")),
+        };
+        match made {
+            Ok(fds) => Telling { word: PodWord::Sockets { place }, fds: Arc::new(fds) },
+            Err(error) => Telling::bare(PodWord::NoSockets { place, reason: error.to_string() }),
+        }
+    }
+
+    fn open_pods(&self) -> impl Iterator<Item = &Open> {
+        self.known.values().filter_map(|entry| match entry {
+            Entry::Open(open) => Some(open),
+            Entry::Cannot { .. } => None,
+        })
+    }
+
+    fn standings(&self) -> BTreeMap<String, Standing> {
+        let standing = |entry: &Entry| match entry {
+            Entry::Open(open) => {
+                Standing::Open { pod: open.pod.clone(), mounted: namespace::is_mounted(&self.folder, &open.namespace) }
+            }
+            Entry::Cannot { pod, tries, again, .. } => {
+                Standing::Cannot { pod: pod.clone(), tries: *tries, again: *again }
+            }
+        };
+        self.known.iter().map(|(uid, entry)| (uid.clone(), standing(entry))).collect()
+    }
+
+    async fn open(&mut self, opening: Vec<(NodePod, u32)>, now: Instant) -> Result<Vec<Report>, ChildError> {
+        let held: BTreeSet<u64> = self.open_pods().map(|open| open.namespace.inode).collect();
+        let ports = |pod: &NodePod| pod.settings.ports().into_iter().map(|(_, port)| port).collect();
+        let wanted = opening.iter().map(|(pod, _)| (pod.address, ports(pod))).collect();
+        let opened = match namespace::open(self.folder.clone(), wanted, held).await {
+            Ok(opened) => opened,
+            Err(error) => {
+                let reason = format!("network namespaces under {}: {error}", self.folder.display());
+                opening.iter().map(|_| Err(reason.clone())).collect()
+            }
+        };
+        let mut out = Vec::new();
+        for ((pod, tries), opened) in opening.into_iter().zip(opened) {
+            match opened.and_then(|opened| Open::new(pod.clone(), opened).map_err(|e| e.to_string())) {
+                Ok(open) => {
+                    // Kept before it is used, as every socket.
+                    open.deposit(&self.child, true).await?;
+                    failpoint("agent.pod_kept");
+                    tracing::info!(namespace = pod.namespace, pod = pod.name, address = %pod.address, "pod opened");
+                    out.push(Report::Tell(open.serve()));
+                    self.known.insert(pod.uid, Entry::Open(open));
+                }
+                Err(reason) => out.extend(self.cannot(pod, tries, reason, now)),
+            }
+        }
+        Ok(out)
+    }
+
+    fn cannot(&mut self, pod: NodePod, tries: u32, reason: String, now: Instant) -> Option<Report> {
+        let again = now + pause(tries);
+        let entry = Entry::Cannot { pod: pod.clone(), reason: reason.clone(), tries: tries + 1, again };
+        let known = matches!(self.known.get(&pod.uid), Some(Entry::Cannot { reason: said, .. }) if *said == reason);
+        self.known.insert(pod.uid.clone(), entry);
+        (!known).then(|| {
+            tracing::warn!(namespace = pod.namespace, pod = pod.name, reason, "pod cannot be served");
+            Report::Cannot { pod: Box::new(pod), reason }
+        })
+    }
+
+    async fn changed(&mut self, pod: NodePod) -> Result<Option<Telling>, ChildError> {
+        let Some(Entry::Open(open)) = self.known.get_mut(&pod.uid) else { return Ok(None) };
+        open.pod = pod;
+        open.deposit(&self.child, false).await?;
+        Ok(Some(Telling::bare(PodWord::Changed { place: open.place, pod: Box::new(open.pod.clone()) })))
+    }
+
+    async fn close(&mut self, uid: &str) -> Result<Option<Telling>, ChildError> {
+        let Some(Entry::Open(open)) = self.known.remove(uid) else { return Ok(None) };
+        self.child.remove(&key(uid)).await?;
+        // The gateway has the same sockets: it is not waited for, connections are refused and the ports are free from here on.
+        for listener in open.listeners.iter() {
+            let _ended_already = shutdown(listener, Shutdown::Both);
+        }
+        tracing::info!(namespace = open.pod.namespace, pod = open.pod.name, "pod closed");
+        Ok(Some(Telling::bare(PodWord::Gone { place: open.place })))
+    }
+}
+
+fn key(uid: &str) -> String {
+    format!("{}/{uid}", Pods::DEPOSIT)
+}
+
+// === impl Open ===
+
+impl Open {
+    fn new(pod: NodePod, opened: Opened) -> io::Result<Self> {
+        let ports = pod.settings.ports().into_iter().map(|(kind, _)| kind).collect();
+        Self::of(pod, ports, opened.namespace, opened.listeners)
+    }
+
+    fn of(pod: NodePod, ports: Vec<PodPort>, namespace: Namespace, listeners: Vec<OwnedFd>) -> io::Result<Self> {
+        if ports.len() != listeners.len() || listeners.is_empty() {
+            return Err(io::Error::other(format!("{} listeners for {} ports", listeners.len(), ports.len())));
+        }
+        // The kernel gives each socket of its life another number: a place that is opened anew is another place, and an adopted
+        // one is the same, without a counter to be kept.
+        let place = socket_cookie(&listeners[0])?;
+        Ok(Self { pod, place, namespace, ports, listeners: Arc::new(listeners) })
+    }
+
+    fn adopt(meta: serde_json::Value, fds: Vec<OwnedFd>) -> io::Result<Self> {
+        let kept: Kept = serde_json::from_value(meta)?;
+        let mut fds = fds.into_iter();
+        let fd = fds.next().ok_or_else(|| io::Error::other("no descriptors"))?;
+        let namespace = Namespace { inode: namespace::inode(fd.as_fd())?, fd: Arc::new(fd), mount: kept.mount };
+        Self::of(kept.pod, kept.ports, namespace, fds.collect())
+    }
+
+    async fn deposit(&self, child: &Child, with_fds: bool) -> Result<(), ChildError> {
+        let meta = Kept { pod: self.pod.clone(), mount: self.namespace.mount.clone(), ports: self.ports.clone() };
+        let fds: Vec<BorrowedFd<'_>> = match with_fds {
+            true => std::iter::once(self.namespace.fd.as_fd()).chain(self.listeners.iter().map(AsFd::as_fd)).collect(),
+            false => Vec::new(),
+        };
+        child.deposit(&key(&self.pod.uid), &meta, &fds).await
+    }
+
+    fn serve(&self) -> Telling {
+        let word = PodWord::Serve { place: self.place, pod: Box::new(self.pod.clone()), ports: self.ports.clone() };
+        Telling { word, fds: self.listeners.clone() }
+    }
+}
+
+// === impl Telling ===
+
+impl Telling {
+    fn bare(word: PodWord) -> Self {
+        Self { word, fds: Arc::default() }
+    }
+
+    /// What goes beside the word.
+    #[must_use]
+    pub fn fds(&self) -> Vec<BorrowedFd<'_>> {
+        self.fds.iter().map(AsFd::as_fd).collect()
+    }
+}

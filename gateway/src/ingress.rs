@@ -1,0 +1,40 @@
+//! The ingress of a node: from Knative's internal Ingresses to requests on their way.
+//!
+//! ```text
+//!  Kubernetes | files ── Snapshot ──> table (one writer) ── rules, backends, certificates (swapped whole)
+//!                                       │                            │
+//!                                       v                            v
+//!                              status of each Ingress    listener ── decide ── choose ── forward ──> pod, activator
+//! ```
+//!
+//! | module | is |
+//! |---|---|
+//! | `snapshot` | what the ingress is told: objects as Kubernetes has them |
+//! | `translate`, `rules`, `hosts` | pure: an Ingress read; all of them as one table; a request's decision |
+//! | `backend` | addresses of a service and the choice among them |
+//! | `table` | the one writer: what is served, and what became of each Ingress |
+//! | `tls` | certificates by name |
+//! | `serve` | listeners and the way of a request |
+//! | `status` | conditions of an Ingress, and how answers to probes are judged |
+//! | `feed` | snapshots from a folder, names that must be resolved |
+//! | `metrics` | counters |
+
+mod backend;
+mod feed;
+mod hosts;
+mod metrics;
+mod rules;
+mod serve;
+mod snapshot;
+mod status;
+mod table;
+mod tls;
+mod translate;
+
+pub use backend::{BackendName, Port};
+pub use feed::{FileFault, follow, read, watch_folder};
+pub use rules::{Listener, Name};
+pub use serve::{Gate, Nearby, Nobody, serve};
+pub use snapshot::Snapshot;
+pub use status::{Entrances, Probed, judge, status};
+pub use table::{Ingress, Outcome, Report, Settings};

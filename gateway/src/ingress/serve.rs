@@ -1,0 +1,434 @@
+//! Listeners, and the way of a request: decide, choose, forward.
+
+use std::{net::SocketAddr, sync::Arc, time::Duration};
+
+use bytes::Bytes;
+use http::{HeaderName, HeaderValue, Request, Response, StatusCode, Uri, Version, header, uri::PathAndQuery};
+use hyper::body::Body as _;
+use lifl_proxy::{
+    Body, Dial, ForwardError, Handle, Limits, Peer, Pool, Protocol, Ride, Server, Tunnels, forward, reply,
+    upstream::SendError,
+};
+use tokio::{
+    net::{TcpListener, TcpStream},
+    sync::{OwnedSemaphorePermit, Semaphore, watch},
+    task::JoinSet,
+    time::{Instant, sleep, timeout, timeout_at},
+};
+use tokio_rustls::TlsAcceptor;
+
+use super::{
+    backend::{Backend, Lease, Penalty},
+    metrics::Refused,
+    rules::{Decision, Forward, Head, Listener},
+    table::Ingress,
+    tls,
+};
+
+/// An address that could not be reached is avoided for so long.
+const AVOIDED: Duration = Duration::from_secs(1);
+/// A request that was never sent is tried at so many addresses.
+const TRIES: usize = 3;
+/// A listener out of descriptors is asked again after this.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
+
+const NETWORK_HASH: HeaderName = HeaderName::from_static("k-network-hash");
+const FORWARDED_FOR: HeaderName = HeaderName::from_static("x-forwarded-for");
+const FORWARDED_PROTO: HeaderName = HeaderName::from_static("x-forwarded-proto");
+
+/// Pods that this process serves itself: requests to them need not leave it.
+pub trait Nearby: Send + Sync + 'static {
+    /// Who answers for a pod.
+    type Pod: Handle;
+
+    /// The pod that listens at an address, if it is served here.
+    fn pod(&self, at: &SocketAddr) -> Option<Arc<Self::Pod>>;
+}
+
+/// No pod is served here.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Nobody;
+
+/// The way of a request through the ingress. Cheap to clone; all clones share connections and tunnels.
+#[derive(Debug)]
+pub struct Gate<D, N> {
+    ingress: Ingress,
+    pool: Pool<D>,
+    nearby: Arc<N>,
+    tunnels: Tunnels,
+}
+
+/// A gate, behind one listener.
+struct Door<D, N> {
+    gate: Gate<D, N>,
+    listener: Listener,
+}
+
+/// What is to be done with a request; where it goes on, its head is already as its backend is to see it.
+enum Way {
+    Answer(Response<Body>, Refused),
+    Forward(Arc<Backend>, Lease),
+}
+
+/// What the access log tells of a request.
+struct Line {
+    begun: Instant,
+    method: String,
+    host: String,
+    path: String,
+}
+
+/// Serves listeners until `drain`, then until the requests under way are answered and tunnels have ended; what takes
+/// longer than `patience` is cut off.
+///
+/// # Errors
+/// When the TLS configuration cannot be made.
+pub async fn serve<D: Dial, N: Nearby>(
+    gate: Gate<D, N>,
+    listeners: Vec<(Listener, TcpListener)>,
+    limits: Limits,
+    drain: impl Future<Output = ()>,
+    patience: Duration,
+) -> Result<(), rustls::Error> {
+    let draining = watch::Sender::new(false);
+    let mut accepting = JoinSet::new();
+    let mut servers = Vec::with_capacity(listeners.len());
+    for (listener, socket) in listeners {
+        let door = Arc::new(Door { gate: gate.clone(), listener });
+        let server = Server::new(door, limits);
+        servers.push(server.clone());
+        if listener.is_tls() {
+            let which = usize::from(listener == Listener::LocalTls);
+            let config = tls::server(Arc::clone(&gate.ingress.shared.certificates[which]))?;
+            accepting.spawn(listen_tls(server, socket, TlsAcceptor::from(config), limits, draining.subscribe()));
+        } else {
+            accepting.spawn(async move { server.listen(&socket).await });
+        }
+    }
+    drain.await;
+    draining.send_replace(true);
+    servers.iter().for_each(Server::close);
+    while accepting.join_next().await.is_some() {}
+    let gone = async {
+        for server in &servers {
+            server.closed().await;
+        }
+    };
+    let deadline = Instant::now() + patience;
+    if timeout_at(deadline, gone).await.is_err() {
+        tracing::warn!("requests of the ingress under way are cut off");
+    }
+    gate.tunnels.end(deadline.saturating_duration_since(Instant::now())).await;
+    Ok(())
+}
+
+/// Accepts connections, and shakes hands on each in a task of its own.
+async fn listen_tls<H: Handle>(
+    server: Server<H>,
+    listener: TcpListener,
+    acceptor: TlsAcceptor,
+    limits: Limits,
+    mut draining: watch::Receiver<bool>,
+) {
+    let places = Arc::new(Semaphore::new(limits.connections.min(Semaphore::MAX_PERMITS)));
+    loop {
+        let accepted = tokio::select! {
+            _ = draining.wait_for(|draining| *draining) => return,
+            accepted = accept(&listener, &places) => accepted,
+        };
+        let Some((stream, peer, place)) = accepted else { continue };
+        let (server, acceptor) = (server.clone(), acceptor.clone());
+        tokio::spawn(async move {
+            match timeout(limits.head, acceptor.accept(stream)).await {
+                Ok(Ok(stream)) => server.connection(stream, peer).await,
+                Ok(Err(error)) => tracing::debug!(%error, "TLS handshake"),
+                Err(_) => tracing::debug!("TLS handshake takes too long"),
+            }
+            drop(place);
+        });
+    }
+}
+
+async fn accept(listener: &TcpListener, places: &Arc<Semaphore>) -> Option<(TcpStream, Peer, OwnedSemaphorePermit)> {
+    let place = Arc::clone(places).acquire_owned().await.ok()?;
+    let accepted = listener.accept().await.and_then(|(stream, address)| {
+        stream.set_nodelay(true)?;
+        Ok((stream, Peer::new(address)))
+    });
+    match accepted {
+        Ok((stream, peer)) => Some((stream, peer, place)),
+        Err(error) => {
+            tracing::warn!(%error, "connection is not accepted");
+            sleep(ACCEPT_PAUSE).await;
+            None
+        }
+    }
+}
+
+/// `:authority`, or Host; empty when there is neither.
+fn authority(request: &Request<Body>) -> &str {
+    let host = || request.headers().get(header::HOST).and_then(|host| host.to_str().ok());
+    request.uri().authority().map(|authority| authority.as_str()).or_else(host).unwrap_or_default()
+}
+
+/// `301` to the same place over HTTPS; the port goes if it was the one that plain HTTP has anyway.
+fn redirect(request: &Request<Body>) -> Response<Body> {
+    let host = authority(request);
+    let host = host.strip_suffix(":80").unwrap_or(host);
+    let path = request.uri().path_and_query().map_or("/", PathAndQuery::as_str);
+    let mut response = reply::empty(StatusCode::MOVED_PERMANENTLY);
+    match HeaderValue::try_from(format!("https://{host}{path}")) {
+        Ok(location) => {
+            response.headers_mut().insert(header::LOCATION, location);
+            response
+        }
+        Err(_) => reply::empty(StatusCode::BAD_REQUEST),
+    }
+}
+
+/// Makes the head what the rule says.
+fn dress(request: &mut Request<Body>, forward: &Forward<'_>, scheme: &'static str) {
+    if let Some(host) = forward.host {
+        // A host in the target would win over the header.
+        if request.uri().authority().is_some() {
+            let path = request.uri().path_and_query().cloned().unwrap_or(PathAndQuery::from_static("/"));
+            *request.uri_mut() = Uri::from(path);
+        }
+        request.headers_mut().insert(header::HOST, host.clone());
+    }
+    let headers = request.headers_mut();
+    for (name, value) in forward.headers {
+        headers.insert(name.clone(), value.clone());
+    }
+    if let Some(hash) = forward.hash {
+        headers.insert(NETWORK_HASH, hash.clone());
+    }
+    headers.entry(FORWARDED_PROTO).or_insert(HeaderValue::from_static(scheme));
+}
+
+/// Makes a head what it would be had it come over the network to a pod that is served here.
+fn arrive(request: &mut Request<Body>, peer: &Peer, protocol: Protocol) {
+    *request.version_mut() = match protocol {
+        Protocol::H1 => Version::HTTP_11,
+        Protocol::H2c => Version::HTTP_2,
+    };
+    let headers = request.headers_mut();
+    let mut addresses = Vec::new();
+    for before in headers.get_all(FORWARDED_FOR) {
+        addresses.extend_from_slice(before.as_bytes());
+        addresses.extend_from_slice(b", ");
+    }
+    addresses.extend_from_slice(peer.addr.ip().to_canonical().to_string().as_bytes());
+    if let Ok(addresses) = HeaderValue::from_maybe_shared(Bytes::from(addresses)) {
+        headers.insert(FORWARDED_FOR, addresses);
+    }
+}
+
+/// The same request once more; only one without a body can be had twice.
+fn copy(request: &Request<Body>) -> Option<Request<Body>> {
+    if !request.body().is_end_stream() {
+        return None;
+    }
+    let mut copy = Request::new(Body::empty());
+    request.method().clone_into(copy.method_mut());
+    request.uri().clone_into(copy.uri_mut());
+    *copy.version_mut() = request.version();
+    request.headers().clone_into(copy.headers_mut());
+    *copy.extensions_mut() = request.extensions().clone();
+    Some(copy)
+}
+
+/// The answer to a request that nobody answered. What cannot be reached is 503, not 502: a prober of Knative takes any
+/// status but 404 and 503 for an ingress that is ready.
+fn failure(error: &ForwardError) -> Response<Body> {
+    match error {
+        ForwardError::Send(_) => reply::plain(StatusCode::SERVICE_UNAVAILABLE, "no answer from upstream"),
+        _ => reply::empty(error.status()),
+    }
+}
+
+// === impl Nobody ===
+
+impl Nearby for Nobody {
+    type Pod = Self;
+
+    fn pod(&self, _at: &SocketAddr) -> Option<Arc<Self>> {
+        None
+    }
+}
+
+impl Handle for Nobody {
+    async fn handle(&self, _request: Request<Body>, _peer: &Peer) -> Response<Body> {
+        reply::empty(StatusCode::NOT_FOUND)
+    }
+}
+
+// === impl Gate ===
+
+impl<D: Dial, N: Nearby> Gate<D, N> {
+    /// A gate of an ingress; its requests use the connections of `pool`.
+    #[must_use]
+    pub fn new(ingress: Ingress, pool: Pool<D>, nearby: Arc<N>) -> Self {
+        Self { ingress, pool, nearby, tunnels: Tunnels::new() }
+    }
+
+    /// Tunnels that are open.
+    #[must_use]
+    pub fn tunnels(&self) -> usize {
+        self.tunnels.count()
+    }
+
+    /// Decides, and makes the head what the rule says.
+    fn way(&self, listener: Listener, request: &mut Request<Body>) -> Way {
+        let mut forwarded = None;
+        // Twice, because addresses may go between the two looks; then there are new rules.
+        for _look in 0..2 {
+            let rules = self.ingress.shared.rules();
+            let (authority, path) = (authority(request), request.uri().path());
+            let head = Head { authority, path, headers: request.headers() };
+            match rules.decide(listener, &head, fastrand::u64(..)) {
+                Decision::Unknown => return Way::Answer(reply::empty(StatusCode::NOT_FOUND), Refused::Unknown),
+                Decision::Redirect => return Way::Answer(redirect(request), Refused::Redirected),
+                Decision::Forward(forward) => {
+                    if let Some(lease) = forward.backend.choose(fastrand::u64(..)) {
+                        dress(request, &forward, if listener.is_tls() { "https" } else { "http" });
+                        return Way::Forward(Arc::clone(forward.backend), lease);
+                    }
+                    forwarded = Some(Arc::clone(forward.backend));
+                }
+            }
+        }
+        if let Some(backend) = forwarded {
+            tracing::debug!(backend = %backend.name, "no address");
+        }
+        Way::Answer(reply::plain(StatusCode::SERVICE_UNAVAILABLE, "no healthy upstream"), Refused::NoEndpoint)
+    }
+
+    /// One request to one of a backend's addresses, or to another if not a byte of it was sent.
+    async fn pass(
+        &self,
+        mut request: Request<Body>,
+        peer: &Peer,
+        backend: &Backend,
+        mut lease: Lease,
+    ) -> Result<Response<Body>, ForwardError> {
+        let mut tries = 0;
+        loop {
+            let target = Arc::clone(lease.target());
+            if let Some(pod) = self.nearby.pod(&target.endpoint.addr) {
+                arrive(&mut request, peer, target.endpoint.protocol);
+                return Ok(pod.handle(request, peer).await.map(|body| body.with(None, lease)));
+            }
+            let of_another;
+            let upstream = match target.kept(|| self.pool.upstream(target.endpoint)) {
+                Some(upstream) => upstream,
+                None => {
+                    of_another = self.pool.upstream(target.endpoint);
+                    &of_another
+                }
+            };
+            tries += 1;
+            // A copy costs; it is needed only if a connection cannot be made.
+            let again = if tries < TRIES && upstream.idle() == 0 { copy(&request) } else { None };
+            let ride = Ride { peer, clock: None, kept: lease, tunnels: &self.tunnels };
+            let error = match forward(upstream, request, ride).await {
+                Ok(response) => return Ok(response),
+                Err(error) => error,
+            };
+            if !matches!(error, ForwardError::Send(SendError::Dial { .. })) {
+                return Err(error);
+            }
+            let penalty = Penalty::new(Arc::clone(&target));
+            tokio::spawn(async move {
+                sleep(AVOIDED).await;
+                drop(penalty);
+            });
+            match again.zip(backend.choose(fastrand::u64(..))) {
+                Some((same, other)) => (request, lease) = (same, other),
+                None => return Err(error),
+            }
+        }
+    }
+}
+
+impl<D, N> Clone for Gate<D, N> {
+    fn clone(&self) -> Self {
+        Self {
+            ingress: self.ingress.clone(),
+            pool: self.pool.clone(),
+            nearby: Arc::clone(&self.nearby),
+            tunnels: self.tunnels.clone(),
+        }
+    }
+}
+
+// === impl Door ===
+
+impl<D: Dial, N: Nearby> Door<D, N> {
+    async fn answer(&self, mut request: Request<Body>, peer: &Peer) -> (Response<Body>, Option<Arc<Backend>>) {
+        let (backend, lease) = match self.gate.way(self.listener, &mut request) {
+            Way::Answer(response, reason) => {
+                self.refused(reason);
+                return (response, None);
+            }
+            Way::Forward(backend, lease) => (backend, lease),
+        };
+        let response = match self.gate.pass(request, peer, &backend, lease).await {
+            Ok(response) => {
+                backend.counters.count(response.status());
+                response
+            }
+            Err(error) => {
+                tracing::debug!(%error, backend = %backend.name, "no answer");
+                self.refused(Refused::Upstream);
+                failure(&error)
+            }
+        };
+        (response, Some(backend))
+    }
+
+    fn refused(&self, reason: Refused) {
+        self.gate.ingress.shared.metrics.refused(self.listener, reason);
+    }
+}
+
+impl<D: Dial, N: Nearby> Handle for Door<D, N> {
+    async fn handle(&self, request: Request<Body>, peer: &Peer) -> Response<Body> {
+        if !self.gate.ingress.shared.settings.access_log {
+            return self.answer(request, peer).await.0;
+        }
+        let line = Line::new(&request);
+        let (response, backend) = self.answer(request, peer).await;
+        line.write(self.listener, peer, &response, backend.as_deref());
+        response
+    }
+}
+
+// === impl Line ===
+
+impl Line {
+    fn new(request: &Request<Body>) -> Self {
+        Self {
+            begun: Instant::now(),
+            method: request.method().to_string(),
+            host: authority(request).to_owned(),
+            path: request.uri().path().to_owned(),
+        }
+    }
+
+    /// The head of the response is there.
+    fn write(self, listener: Listener, peer: &Peer, response: &Response<Body>, backend: Option<&Backend>) {
+        tracing::info!(
+            target: "access",
+            listener = listener.label(),
+            client = %peer.addr,
+            method = self.method,
+            host = self.host,
+            path = self.path,
+            status = response.status().as_u16(),
+            backend = backend.map(|backend| backend.name.to_string()),
+            micros = u64::try_from(self.begun.elapsed().as_micros()).unwrap_or(u64::MAX),
+            "request"
+        );
+    }
+}

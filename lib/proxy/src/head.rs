@@ -1,0 +1,270 @@
+//! What a proxy changes in heads. Pure.
+
+use std::net::SocketAddr;
+
+use http::{
+    HeaderMap, HeaderName, HeaderValue, Uri, Version,
+    header::{CONNECTION, FORWARDED, HOST, PROXY_AUTHENTICATE, PROXY_AUTHORIZATION, TE, TRANSFER_ENCODING, UPGRADE},
+    request, response,
+    uri::{Authority, PathAndQuery, Scheme},
+};
+
+use crate::endpoint::Protocol;
+
+/// The host that the client asked for, while the activator's own stands in `Host`.
+pub const K_ORIGINAL_HOST: HeaderName = HeaderName::from_static("k-original-host");
+/// Says that the request came by way of the activator.
+pub const K_PROXY_REQUEST: HeaderName = HeaderName::from_static("k-proxy-request");
+/// The revision's namespace, for the activator.
+pub const SERVING_NAMESPACE: HeaderName = HeaderName::from_static("knative-serving-namespace");
+/// The revision's name, for the activator.
+pub const SERVING_REVISION: HeaderName = HeaderName::from_static("knative-serving-revision");
+/// Addresses that a request came by.
+pub const X_FORWARDED_FOR: HeaderName = HeaderName::from_static("x-forwarded-for");
+/// The host that the first proxy saw.
+pub const X_FORWARDED_HOST: HeaderName = HeaderName::from_static("x-forwarded-host");
+/// The scheme that the first proxy saw.
+pub const X_FORWARDED_PROTO: HeaderName = HeaderName::from_static("x-forwarded-proto");
+
+const KEEP_ALIVE: HeaderName = HeaderName::from_static("keep-alive");
+const PROXY_CONNECTION: HeaderName = HeaderName::from_static("proxy-connection");
+const HTTP2_SETTINGS: HeaderName = HeaderName::from_static("http2-settings");
+/// Meant for one connection. `Trailer` stays, though it is on Go's list: hyper sends only trailers that it announces.
+static HOP_BY_HOP: [HeaderName; 9] = [
+    CONNECTION,
+    KEEP_ALIVE,
+    PROXY_CONNECTION,
+    PROXY_AUTHENTICATE,
+    PROXY_AUTHORIZATION,
+    TE,
+    TRANSFER_ENCODING,
+    UPGRADE,
+    HTTP2_SETTINGS,
+];
+
+/// The other end of a client's connection.
+#[derive(Clone, Debug)]
+pub struct Peer {
+    /// Its address.
+    pub addr: SocketAddr,
+    /// The address as it goes into `X-Forwarded-For`; made once per connection.
+    forwarded: HeaderValue,
+}
+
+/// A request that cannot be passed on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("malformed request: {0}")]
+pub struct Malformed(&'static str);
+
+// === impl Peer ===
+
+impl Peer {
+    /// The other end at `addr`.
+    #[must_use]
+    pub fn new(addr: SocketAddr) -> Self {
+        // IPv4 clients of an IPv6 listener are IPv4 clients.
+        let ip = addr.ip().to_canonical();
+        let forwarded = HeaderValue::try_from(ip.to_string()).unwrap_or(HeaderValue::from_static("unknown"));
+        Self { addr, forwarded }
+    }
+}
+
+/// Makes a client's head an endpoint's: hop-by-hop headers go, `X-Forwarded-For` grows, target and `Host` get the form of
+/// the protocol. Tells whether the client asks for an upgrade.
+///
+/// # Errors
+/// [`Malformed`]: no host, or a target that is no path.
+pub fn to_endpoint(head: &mut request::Parts, peer: &Peer, protocol: Protocol) -> Result<bool, Malformed> {
+    let upgrade = match protocol {
+        Protocol::H1 if head.version == Version::HTTP_11 => wanted_upgrade(&head.headers),
+        _ => None,
+    };
+    let trailers = has_token(&head.headers, &TE, "trailers");
+    strip_hop_by_hop(&mut head.headers);
+    if trailers {
+        head.headers.insert(TE, HeaderValue::from_static("trailers"));
+    }
+    let upgrading = upgrade.is_some();
+    if let Some(to) = upgrade {
+        head.headers.insert(CONNECTION, HeaderValue::from_static("Upgrade"));
+        head.headers.insert(UPGRADE, to);
+    }
+    append_forwarded_for(&mut head.headers, peer);
+    target(head, protocol)?;
+    Ok(upgrading)
+}
+
+/// Makes an endpoint's head a client's.
+pub fn from_endpoint(head: &mut response::Parts) {
+    strip_hop_by_hop(&mut head.headers);
+    head.version = Version::HTTP_11;
+}
+
+/// Makes the head of an endpoint's `101` a client's.
+///
+/// # Errors
+/// [`Malformed`]: it switches to something that was not asked for.
+pub fn switched(head: &mut response::Parts, asked: Option<&HeaderValue>) -> Result<(), Malformed> {
+    let to = head.headers.get(UPGRADE).cloned();
+    let same = |a: &HeaderValue, b: &HeaderValue| a.as_bytes().eq_ignore_ascii_case(b.as_bytes());
+    match (to, asked) {
+        (Some(to), Some(asked)) if same(&to, asked) => {
+            from_endpoint(head);
+            head.headers.insert(CONNECTION, HeaderValue::from_static("Upgrade"));
+            head.headers.insert(UPGRADE, to);
+            Ok(())
+        }
+        _ => Err(Malformed("the endpoint switched to a protocol that was not asked for")),
+    }
+}
+
+/// `Host` becomes what the client asked for; the header that carried it goes.
+pub fn restore_host(head: &mut request::Parts) {
+    let Some(original) = head.headers.remove(K_ORIGINAL_HOST) else { return };
+    if original.is_empty() {
+        return;
+    }
+    if head.uri.authority().is_some() {
+        let path = head.uri.path_and_query().cloned().unwrap_or(PathAndQuery::from_static("/"));
+        head.uri = Uri::from(path);
+    }
+    head.headers.insert(HOST, original);
+}
+
+/// Takes away what is meant for activators.
+pub fn strip_revision(headers: &mut HeaderMap) {
+    headers.remove(SERVING_NAMESPACE);
+    headers.remove(SERVING_REVISION);
+}
+
+/// Makes a `Forwarded` of the `X-Forwarded-*`, if there is none. Host and scheme belong to the first address only.
+pub fn shim_forwarded(headers: &mut HeaderMap) {
+    let text = |name: &HeaderName| headers.get(name).and_then(|value| value.to_str().ok()).unwrap_or_default().trim();
+    if !text(&FORWARDED).is_empty() {
+        return;
+    }
+    let (addresses, host, scheme) = (text(&X_FORWARDED_FOR), text(&X_FORWARDED_HOST), text(&X_FORWARDED_PROTO));
+    if addresses.is_empty() && host.is_empty() && scheme.is_empty() {
+        return;
+    }
+    let mut made = String::new();
+    let node = |address: &str| {
+        let address = address.trim();
+        // An address with a colon is IPv6 and must be quoted.
+        if address.contains(':') { format!("for=\"[{address}]\"") } else { format!("for={address}") }
+    };
+    for (number, address) in addresses.split(',').enumerate() {
+        if number > 0 {
+            made.push_str(", ");
+            made.push_str(&node(address));
+            continue;
+        }
+        let first = if addresses.is_empty() { String::new() } else { node(address) };
+        let host = if host.is_empty() { String::new() } else { format!("host={host}") };
+        let scheme = if scheme.is_empty() { String::new() } else { format!("proto={scheme}") };
+        let pairs: Vec<&str> = [&*first, &*host, &*scheme].into_iter().filter(|pair| !pair.is_empty()).collect();
+        made.push_str(&pairs.join(";"));
+    }
+    if let Ok(made) = HeaderValue::try_from(made) {
+        headers.insert(FORWARDED, made);
+    }
+}
+
+/// What a request wants to upgrade to. `h2c` is for us to answer, not for the endpoint.
+#[must_use]
+pub fn wanted_upgrade(headers: &HeaderMap) -> Option<HeaderValue> {
+    let to = headers.get(UPGRADE)?;
+    let named = has_token(headers, &CONNECTION, "upgrade");
+    (named && !to.is_empty() && !to.as_bytes().eq_ignore_ascii_case(b"h2c")).then(|| to.clone())
+}
+
+/// Whether a list header has this element, whatever its case.
+#[must_use]
+pub fn has_token(headers: &HeaderMap, name: &HeaderName, token: &str) -> bool {
+    let values = headers.get_all(name).into_iter();
+    values.flat_map(|value| tokens(value.as_bytes())).any(|found| found.eq_ignore_ascii_case(token.as_bytes()))
+}
+
+/// Whether a header is meant for one connection, named by `Connection` or not.
+pub(crate) fn is_hop_by_hop(name: &HeaderName) -> bool {
+    HOP_BY_HOP.contains(name)
+}
+
+fn tokens(value: &[u8]) -> impl Iterator<Item = &[u8]> {
+    value.split(|byte| *byte == b',').map(|token| token.trim_ascii()).filter(|token| !token.is_empty())
+}
+
+fn strip_hop_by_hop(headers: &mut HeaderMap) {
+    if headers.contains_key(CONNECTION) {
+        let named: Vec<HeaderName> = (headers.get_all(CONNECTION).into_iter())
+            .flat_map(|value| tokens(value.as_bytes()))
+            .filter_map(|token| HeaderName::from_bytes(token).ok())
+            // The host is no header to take away: without it a request has no meaning.
+            .filter(|name| name != HOST)
+            .collect();
+        for name in named {
+            headers.remove(name);
+        }
+    }
+    // One pass over the few that there are: cheaper than nine look-ups that mostly find nothing.
+    let mut found = [false; HOP_BY_HOP.len()];
+    for name in headers.keys() {
+        if let Some(at) = HOP_BY_HOP.iter().position(|hop| hop == name) {
+            found[at] = true;
+        }
+    }
+    for (name, _) in HOP_BY_HOP.iter().zip(found).filter(|(_, found)| *found) {
+        headers.remove(name);
+    }
+}
+
+fn append_forwarded_for(headers: &mut HeaderMap, peer: &Peer) {
+    if !headers.contains_key(X_FORWARDED_FOR) {
+        headers.insert(X_FORWARDED_FOR, peer.forwarded.clone());
+        return;
+    }
+    let mut all = Vec::new();
+    for value in headers.get_all(X_FORWARDED_FOR) {
+        all.extend_from_slice(value.as_bytes());
+        all.extend_from_slice(b", ");
+    }
+    all.extend_from_slice(peer.forwarded.as_bytes());
+    if let Ok(all) = HeaderValue::from_maybe_shared(bytes::Bytes::from(all)) {
+        headers.insert(X_FORWARDED_FOR, all);
+    }
+}
+
+/// The target and the host in the form of the protocol.
+fn target(head: &mut request::Parts, protocol: Protocol) -> Result<(), Malformed> {
+    match protocol {
+        Protocol::H1 => {
+            if let Some(authority) = head.uri.authority() {
+                // The target's own host counts, as RFC 9112 3.2.2 says; in HTTP/2 there is no other.
+                let host = authority.as_str().rsplit('@').next().unwrap_or_default();
+                let host = HeaderValue::try_from(host).map_err(|_invalid| Malformed("host"))?;
+                head.headers.insert(HOST, host);
+                let path = head.uri.path_and_query().cloned().unwrap_or(PathAndQuery::from_static("/"));
+                head.uri = Uri::from(path);
+            }
+            head.version = Version::HTTP_11;
+        }
+        Protocol::H2c => {
+            let host = head.headers.remove(HOST);
+            let mut parts = std::mem::take(&mut head.uri).into_parts();
+            if let Some(host) = host.filter(|_| parts.authority.is_none()) {
+                parts.authority = Some(Authority::try_from(host.as_bytes()).map_err(|_invalid| Malformed("host"))?);
+            }
+            if parts.authority.is_none() {
+                return Err(Malformed("no host"));
+            }
+            parts.scheme.get_or_insert(Scheme::HTTP);
+            parts.path_and_query.get_or_insert(PathAndQuery::from_static("/"));
+            head.uri = Uri::from_parts(parts).map_err(|_invalid| Malformed("target"))?;
+            head.version = Version::HTTP_2;
+        }
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests;

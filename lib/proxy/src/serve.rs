@@ -1,0 +1,384 @@
+//! Listeners and connections: HTTP/1.1, and HTTP/2 by prior knowledge, on the same port.
+//!
+//! Bounded: connections, heads (bytes, fields and time), streams, what a client may have on the way of an upload, streams
+//! that it opens and resets at once. SETTINGS, PING and CONTINUATION floods are h2's to bound: it keeps one of each.
+
+use std::{
+    convert::Infallible,
+    fmt,
+    future::Future,
+    io,
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::Duration,
+};
+
+use http::{Method, Request, Response, StatusCode, Version, header};
+use hyper::{
+    body::Incoming,
+    server::conn::{http1, http2},
+    service::{HttpService, service_fn},
+};
+use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
+use tokio::{
+    io::{AsyncRead, AsyncWrite},
+    net::{TcpListener, TcpStream},
+    sync::{OwnedSemaphorePermit, Semaphore, watch},
+    time::timeout,
+};
+
+use crate::{head::Peer, progress::Progress, reply, upstream::Body};
+
+mod connection;
+mod h2c;
+mod sniff;
+
+use h2c::{Joined, Switch};
+use sniff::{Sniffed, Version as Spoken};
+
+/// A listener out of descriptors is asked again after this.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
+
+/// Bytes of a body read at once, if they come fast enough.
+const READ: usize = 256 << 10;
+
+/// Answers requests.
+pub trait Handle: Send + Sync + 'static {
+    /// The answer to one request. Dropped if its client goes away.
+    fn handle(&self, request: Request<Body>, peer: &Peer) -> impl Future<Output = Response<Body>> + Send;
+}
+
+/// What clients may cost.
+#[derive(Clone, Copy, Debug)]
+pub struct Limits {
+    /// Connections at once; more wait in the kernel.
+    pub connections: usize,
+    /// A request's head, in bytes.
+    pub header_bytes: u32,
+    /// A request's head, in time; counts from the first byte, on a new connection from its beginning.
+    pub head: Duration,
+    /// An idle connection is closed after this; zero is never.
+    pub idle: Duration,
+    /// Streams of one HTTP/2 connection.
+    pub streams: u32,
+    /// Streams of one HTTP/2 connection that were reset before anybody looked at them.
+    pub resets: usize,
+    /// What an HTTP/2 client may send of one upload before it is read.
+    pub window: u32,
+}
+
+/// Serves listeners until it is told to close.
+pub struct Server<H> {
+    shared: Arc<Shared<H>>,
+}
+
+struct Shared<H> {
+    handler: Arc<H>,
+    limits: Limits,
+    places: Arc<Semaphore>,
+    /// Its receivers are the connections.
+    closing: watch::Sender<bool>,
+    /// The same, to be asked at no cost.
+    closed: AtomicBool,
+}
+
+/// One connection's requests have this in common.
+struct Session<H> {
+    handler: Arc<H>,
+    peer: Peer,
+    progress: Arc<Progress>,
+    /// Set by the request that asks for HTTP/2 in place of HTTP/1.1: the last one of its connection.
+    switch: Mutex<Option<Switch>>,
+}
+
+// === impl Limits ===
+
+impl Default for Limits {
+    fn default() -> Self {
+        Self {
+            connections: 100_000,
+            header_bytes: 64 << 10,
+            head: Duration::from_secs(60),
+            idle: Duration::ZERO,
+            streams: 250,
+            resets: 20,
+            window: 1 << 20,
+        }
+    }
+}
+
+// === impl Server ===
+
+impl<H: Handle> Server<H> {
+    /// A server that listens to nothing yet.
+    #[must_use]
+    pub fn new(handler: Arc<H>, limits: Limits) -> Self {
+        let places = Arc::new(Semaphore::new(limits.connections.min(Semaphore::MAX_PERMITS)));
+        let closing = watch::Sender::new(false);
+        Self { shared: Arc::new(Shared { handler, limits, places, closing, closed: AtomicBool::new(false) }) }
+    }
+
+    /// Accepts connections until [`Server::close`], or until whoever shares the socket has shut it down.
+    pub async fn listen(&self, listener: &TcpListener) {
+        let mut closing = self.shared.closing.subscribe();
+        loop {
+            let accepted = tokio::select! {
+                _ = closing.wait_for(|closing| *closing) => return,
+                accepted = self.accept(listener) => accepted,
+            };
+            let (stream, peer, place) = match accepted {
+                Ok(Some(accepted)) => accepted,
+                Ok(None) => continue,
+                Err(_shut_down) => return,
+            };
+            let server = self.clone();
+            tokio::spawn(async move {
+                server.connection(stream, peer).await;
+                drop(place);
+            });
+        }
+    }
+
+    /// `Ok(None)`: not this time.
+    async fn accept(&self, listener: &TcpListener) -> io::Result<Option<(TcpStream, Peer, OwnedSemaphorePermit)>> {
+        let Ok(place) = Arc::clone(&self.shared.places).acquire_owned().await else { return Ok(None) };
+        let accepted = listener.accept().await.and_then(|(stream, addr)| {
+            stream.set_nodelay(true)?;
+            Ok((stream, Peer::new(addr)))
+        });
+        match accepted {
+            Ok((stream, peer)) => Ok(Some((stream, peer, place))),
+            Err(error) => {
+                // Of a listener that was shut down, and of a client that was gone before its options were set.
+                if error.kind() == io::ErrorKind::InvalidInput && !is_listening(listener) {
+                    return Err(error);
+                }
+                if !matches!(error.kind(), io::ErrorKind::ConnectionAborted | io::ErrorKind::InvalidInput) {
+                    tracing::warn!(%error, "connection is not accepted");
+                    tokio::time::sleep(ACCEPT_PAUSE).await;
+                }
+                Ok(None)
+            }
+        }
+    }
+
+    /// Serves one connection to its end; TLS, if any, is below.
+    pub async fn connection<I>(&self, mut io: I, peer: Peer)
+    where
+        I: AsyncRead + AsyncWrite + Send + Unpin + 'static,
+    {
+        let mut closing = self.shared.closing.subscribe();
+        let limits = &self.shared.limits;
+        // The version is told by the first bytes: who sends none is not waited for longer than for a head.
+        let first = tokio::select! {
+            first = timeout(limits.head, sniff::version(&mut io)) => first,
+            _ = closing.wait_for(|closing| *closing) => return,
+        };
+        let Ok(Ok((version, read))) = first else { return };
+        let progress = Arc::new(Progress::default());
+        let session = Arc::new(Session::new(Arc::clone(&self.shared.handler), peer, Arc::clone(&progress)));
+        let io = TokioIo::new(Sniffed::new(io, read, Arc::clone(&progress)));
+        let closed = &self.shared.closed;
+        let ended = match version {
+            Spoken::Http1 => {
+                let connection = self.http1().serve_connection(io, Arc::clone(&session).service()).with_upgrades();
+                match connection::drive(connection, &mut closing, closed, &progress, limits).await {
+                    Ok(()) => match session.switched() {
+                        Some(switch) => self.switch(switch, &session, &mut closing).await,
+                        None => Ok(()),
+                    },
+                    ended => ended,
+                }
+            }
+            Spoken::Http2 => {
+                let connection = self.http2().serve_connection(io, Arc::clone(&session).service());
+                connection::drive(connection, &mut closing, closed, &progress, limits).await
+            }
+        };
+        if let Err(error) = ended {
+            tracing::debug!(%error, "connection ended");
+        }
+    }
+
+    /// Goes on as HTTP/2 after an upgrade.
+    async fn switch(
+        &self,
+        switch: Switch,
+        session: &Arc<Session<H>>,
+        closing: &mut watch::Receiver<bool>,
+    ) -> hyper::Result<()> {
+        let joined = Joined::new(TokioIo::new(switch.on.await?), switch.request);
+        let connection = self.http2().serve_connection(TokioIo::new(joined), Arc::clone(session).service());
+        connection::drive(connection, closing, &self.shared.closed, &session.progress, &self.shared.limits).await
+    }
+
+    /// No more connections are accepted, idle ones are closed, the others after the requests that are under way.
+    pub fn close(&self) {
+        self.shared.closed.store(true, Ordering::Release);
+        self.shared.closing.send_replace(true);
+    }
+
+    /// Waits until all connections are gone.
+    pub async fn closed(&self) {
+        self.shared.closing.closed().await;
+    }
+
+    /// Connections and listeners that are open.
+    #[must_use]
+    pub fn open(&self) -> usize {
+        self.shared.closing.receiver_count()
+    }
+
+    fn http1(&self) -> http1::Builder {
+        let mut builder = http1::Builder::new();
+        // Time is taken care of in `connection`: hyper would set and unset a timer at each request.
+        builder
+            .header_read_timeout(None)
+            .max_header_size(self.shared.limits.header_bytes as usize)
+            .max_buf_size(READ.max(self.shared.limits.header_bytes as usize));
+        builder
+    }
+
+    fn http2(&self) -> http2::Builder<TokioExecutor> {
+        let limits = &self.shared.limits;
+        let mut builder = http2::Builder::new(TokioExecutor::new());
+        builder
+            .timer(TokioTimer::new())
+            .max_concurrent_streams(limits.streams)
+            .max_header_list_size(limits.header_bytes)
+            .max_pending_accept_reset_streams(limits.resets)
+            .initial_stream_window_size(limits.window)
+            .initial_connection_window_size(limits.window.saturating_mul(4));
+        builder
+    }
+}
+
+impl<H> Clone for Server<H> {
+    fn clone(&self) -> Self {
+        Self { shared: Arc::clone(&self.shared) }
+    }
+}
+
+impl<H> fmt::Debug for Server<H> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Server").field("limits", &self.shared.limits).finish_non_exhaustive()
+    }
+}
+
+// === impl Session ===
+
+impl<H: Handle> Session<H> {
+    fn new(handler: Arc<H>, peer: Peer, progress: Arc<Progress>) -> Self {
+        Self { handler, peer, progress, switch: Mutex::new(None) }
+    }
+
+    fn service(
+        self: Arc<Self>,
+    ) -> impl HttpService<
+        Incoming,
+        ResBody = Body,
+        Error = Infallible,
+        Future = impl Future<Output = Result<Response<Body>, Infallible>> + Send + 'static,
+    > {
+        let session = self;
+        service_fn(move |request: Request<Incoming>| {
+            let session = Arc::clone(&session);
+            async move { Ok::<_, Infallible>(session.answer(request).await) }
+        })
+    }
+
+    fn switched(&self) -> Option<Switch> {
+        self.switch.lock().unwrap_or_else(PoisonError::into_inner).take()
+    }
+
+    async fn answer(&self, mut request: Request<Incoming>) -> Response<Body> {
+        let turn = self.progress.begin();
+        if let Err(fault) = check(&request) {
+            return refuse(fault);
+        }
+        if let Some(switch) = h2c::wanted(&mut request) {
+            *self.switch.lock().unwrap_or_else(PoisonError::into_inner) = Some(switch);
+            return h2c::switching();
+        }
+        let mut response = self.handler.handle(request.map(Body::from), &self.peer).await;
+        response.body_mut().during(turn);
+        response
+    }
+}
+
+fn is_listening(listener: &TcpListener) -> bool {
+    rustix::net::sockopt::socket_acceptconn(listener).unwrap_or(false)
+}
+
+/// What hyper lets pass, and Go or another proxy does not: what two servers may read as two things is refused.
+fn check<B>(request: &Request<B>) -> Result<(), &'static str> {
+    let headers = request.headers();
+    let mut hosts = headers.get_all(header::HOST).iter();
+    let first = hosts.next();
+    if hosts.next().is_some() {
+        return Err("too many Host headers");
+    }
+    if request.version() == Version::HTTP_11 && first.is_none() {
+        return Err("missing required Host header");
+    }
+    let valid = |host: &[u8]| host.iter().all(|b| b.is_ascii_alphanumeric() || b"!$%&'()*+,-.:;=[]_~".contains(b));
+    if first.is_some_and(|host| !valid(host.as_bytes())) {
+        return Err("malformed Host header");
+    }
+    let mut encodings = headers.get_all(header::TRANSFER_ENCODING).iter();
+    if let Some(encoding) = encodings.next()
+        && (encodings.next().is_some() || !encoding.as_bytes().eq_ignore_ascii_case(b"chunked"))
+    {
+        return Err("unsupported transfer encoding");
+    }
+    check_target(request)
+}
+
+fn check_target<B>(request: &Request<B>) -> Result<(), &'static str> {
+    let path = request.uri().path();
+    let asterisk = path == "*" && request.method() == Method::OPTIONS;
+    if request.method() == Method::CONNECT {
+        return Err("nothing to connect to");
+    }
+    if !path.starts_with('/') && !asterisk {
+        return Err("malformed target");
+    }
+    let mut escapes = path.split('%').skip(1).map(str::as_bytes);
+    if !escapes.all(|rest| matches!(rest, [a, b, ..] if a.is_ascii_hexdigit() && b.is_ascii_hexdigit())) {
+        return Err("malformed escape in the target");
+    }
+    Ok(())
+}
+
+fn refuse(fault: &str) -> Response<Body> {
+    let mut response = reply::plain(StatusCode::BAD_REQUEST, format!("400 Bad Request: {fault}"));
+    response.headers_mut().insert(header::CONNECTION, http::HeaderValue::from_static("close"));
+    response
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    struct Nothing;
+
+    impl Handle for Nothing {
+        async fn handle(&self, _: Request<Body>, _: &Peer) -> Response<Body> {
+            reply::empty(StatusCode::OK)
+        }
+    }
+
+    #[tokio::test]
+    async fn listening_ends_when_another_holder_of_the_socket_shuts_it_down() {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let server = Server::new(Arc::new(Nothing), Limits::default());
+        let ends = async {
+            tokio::task::yield_now().await;
+            rustix::net::shutdown(&listener, rustix::net::Shutdown::Both).unwrap();
+        };
+        let both = async { tokio::join!(server.listen(&listener), ends) };
+        timeout(Duration::from_secs(20), both).await.expect("it listens on");
+    }
+}

@@ -1,0 +1,267 @@
+//! The one body type of requests and responses.
+
+use std::{
+    fmt,
+    future::Future,
+    pin::Pin,
+    task::{Context, Poll, Waker},
+};
+
+use bytes::Bytes;
+use http_body_util::combinators::UnsyncBoxBody;
+use hyper::body::{Body as HttpBody, Frame, Incoming, SizeHint};
+
+use super::h1::Lease;
+use crate::{
+    progress::Turn,
+    timeouts::{Clock, Expired},
+};
+
+/// A body: what a client or an endpoint sends, a few bytes of our own, or something foreign in a box.
+#[derive(Default)]
+pub struct Body {
+    kind: Kind,
+    /// What the body carries along: its request's clock, and what ends with it.
+    along: Option<Box<Along>>,
+    /// The request that it answers, for who watches the connection.
+    during: Option<Turn>,
+}
+
+/// A body ended early.
+#[derive(Debug, thiserror::Error)]
+pub enum BodyError {
+    /// The connection it came on, or its framing.
+    #[error(transparent)]
+    Http(#[from] hyper::Error),
+    /// Time is up.
+    #[error(transparent)]
+    Expired(#[from] Expired),
+    /// The foreign body in its box.
+    #[error(transparent)]
+    Other(Box<dyn std::error::Error + Send + Sync>),
+}
+
+#[derive(Default)]
+enum Kind {
+    #[default]
+    Empty,
+    Bytes(Bytes),
+    /// Driven by somebody else: a server's connection, or a connection with a task.
+    Incoming(Incoming),
+    /// Of an HTTP/1.1 connection that this body drives.
+    Leased(Incoming, Lease),
+    /// Held back until the endpoint has said `100 Continue`, or has kept silent for too long.
+    Held(Incoming, Pin<Box<dyn Future<Output = ()> + Send>>),
+    Boxed(UnsyncBoxBody<Bytes, BodyError>),
+}
+
+struct Along<T: ?Sized = dyn Send> {
+    clock: Option<Clock>,
+    _kept: T,
+}
+
+// === impl Body ===
+
+impl Body {
+    /// No body.
+    #[must_use]
+    pub const fn empty() -> Self {
+        Self { kind: Kind::Empty, along: None, during: None }
+    }
+
+    /// A body of its own kind.
+    #[must_use]
+    pub const fn boxed(body: UnsyncBoxBody<Bytes, BodyError>) -> Self {
+        Self { kind: Kind::Boxed(body), along: None, during: None }
+    }
+
+    /// This body with the clock of its request, and with what is to be dropped when it ends: a place in the breaker, a
+    /// request's count.
+    #[must_use]
+    pub fn with<T: Send + 'static>(mut self, clock: Option<Clock>, kept: T) -> Self {
+        self.along = Some(match self.along {
+            None => Box::new(Along { clock, _kept: kept }),
+            Some(former) => Box::new(Along { clock, _kept: (kept, former) }),
+        });
+        self
+    }
+
+    /// The body of a response on a connection that it drives.
+    pub(super) fn leased(incoming: Incoming, lease: Lease) -> Self {
+        if HttpBody::is_end_stream(&incoming) {
+            lease.give_back();
+            return Self::empty();
+        }
+        Self { kind: Kind::Leased(incoming, lease), along: None, during: None }
+    }
+
+    /// This body, held back until `go`. Only a client's body waits; the others are returned as they are.
+    #[must_use]
+    pub(crate) fn held(self, go: impl Future<Output = ()> + Send + 'static) -> Self {
+        match self.kind {
+            Kind::Incoming(incoming) => {
+                Self { kind: Kind::Held(incoming, Box::pin(go)), along: self.along, during: self.during }
+            }
+            kind => Self { kind, along: self.along, during: self.during },
+        }
+    }
+
+    /// This body is of the answer to `turn`.
+    pub(crate) fn during(&mut self, turn: Turn) {
+        self.during = Some(turn);
+    }
+
+    /// The end of the body: connection given back, places free.
+    fn end(&mut self) {
+        if let Kind::Leased(_, lease) = std::mem::take(&mut self.kind) {
+            lease.give_back();
+        }
+        self.along = None;
+        self.during = None;
+    }
+
+    /// The body is cut off: an HTTP/1.1 connection that is not read to the end is closed.
+    fn cut(&mut self) {
+        self.kind = Kind::Empty;
+        self.along = None;
+        self.during = None;
+    }
+}
+
+impl HttpBody for Body {
+    type Data = Bytes;
+    type Error = BodyError;
+
+    fn poll_frame(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, BodyError>>> {
+        let this = self.get_mut();
+        let frame = match this.kind.poll(cx) {
+            Poll::Ready(frame) => frame,
+            Poll::Pending => {
+                let clock = this.along.as_mut().and_then(|along| along.clock.as_mut());
+                let Some(clock) = clock else { return Poll::Pending };
+                let Poll::Ready(expired) = clock.poll_expired(cx) else { return Poll::Pending };
+                this.cut();
+                return Poll::Ready(Some(Err(expired.into())));
+            }
+        };
+        match frame {
+            Some(Ok(frame)) => {
+                if let Some(clock) = this.along.as_mut().and_then(|along| along.clock.as_mut())
+                    && let Err(expired) = clock.wrote()
+                {
+                    this.cut();
+                    return Poll::Ready(Some(Err(expired.into())));
+                }
+                if this.kind.is_end() {
+                    this.end();
+                }
+                Poll::Ready(Some(Ok(frame)))
+            }
+            None => {
+                this.end();
+                Poll::Ready(None)
+            }
+            Some(Err(error)) => {
+                this.cut();
+                Poll::Ready(Some(Err(error)))
+            }
+        }
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.kind.is_end()
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        match &self.kind {
+            Kind::Empty => SizeHint::with_exact(0),
+            Kind::Bytes(bytes) => SizeHint::with_exact(bytes.len() as u64),
+            Kind::Incoming(body) | Kind::Leased(body, _) | Kind::Held(body, _) => body.size_hint(),
+            Kind::Boxed(body) => body.size_hint(),
+        }
+    }
+}
+
+impl fmt::Debug for Body {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let kind = match self.kind {
+            Kind::Empty => "empty",
+            Kind::Bytes(_) => "bytes",
+            Kind::Incoming(_) => "incoming",
+            Kind::Leased(..) => "leased",
+            Kind::Held(..) => "held",
+            Kind::Boxed(_) => "boxed",
+        };
+        f.debug_tuple("Body").field(&kind).finish()
+    }
+}
+
+impl From<Bytes> for Body {
+    fn from(bytes: Bytes) -> Self {
+        if bytes.is_empty() { Self::empty() } else { Self { kind: Kind::Bytes(bytes), along: None, during: None } }
+    }
+}
+
+impl From<&'static str> for Body {
+    fn from(text: &'static str) -> Self {
+        Bytes::from_static(text.as_bytes()).into()
+    }
+}
+
+impl From<String> for Body {
+    fn from(text: String) -> Self {
+        Bytes::from(text).into()
+    }
+}
+
+impl From<Incoming> for Body {
+    fn from(incoming: Incoming) -> Self {
+        let kind = if HttpBody::is_end_stream(&incoming) { Kind::Empty } else { Kind::Incoming(incoming) };
+        Self { kind, along: None, during: None }
+    }
+}
+
+// === impl Kind ===
+
+impl Kind {
+    fn is_end(&self) -> bool {
+        match self {
+            Self::Empty => true,
+            Self::Bytes(bytes) => bytes.is_empty(),
+            Self::Incoming(body) | Self::Leased(body, _) | Self::Held(body, _) => HttpBody::is_end_stream(body),
+            Self::Boxed(body) => body.is_end_stream(),
+        }
+    }
+
+    fn poll(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, BodyError>>> {
+        match self {
+            Self::Empty => Poll::Ready(None),
+            Self::Bytes(bytes) => Poll::Ready(Some(Ok(Frame::data(std::mem::take(bytes))))),
+            Self::Incoming(body) => frame(body, cx),
+            Self::Held(_, go) => {
+                std::task::ready!(go.as_mut().poll(cx));
+                let Self::Held(body, _) = std::mem::take(self) else { return Poll::Ready(None) };
+                *self = Self::Incoming(body);
+                self.poll(cx)
+            }
+            Self::Leased(body, lease) => {
+                // What the body waits for comes by polling the connection, here: it needs no wake-up of its own, and
+                // one would only have the whole task polled again.
+                let mut quiet = Context::from_waker(Waker::noop());
+                if let Poll::Ready(frame) = frame(body, &mut quiet) {
+                    return Poll::Ready(frame);
+                }
+                let closed = lease.poll(cx).is_ready();
+                match frame(body, &mut quiet) {
+                    Poll::Pending if closed => frame(body, cx),
+                    polled => polled,
+                }
+            }
+            Self::Boxed(body) => Pin::new(body).poll_frame(cx),
+        }
+    }
+}
+
+fn frame(body: &mut Incoming, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, BodyError>>> {
+    Pin::new(body).poll_frame(cx).map_err(BodyError::Http)
+}

@@ -1,0 +1,115 @@
+//! HTTP/2 connections to one endpoint: few, shared by all.
+
+use std::{
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicUsize, Ordering},
+    },
+    time::Duration,
+};
+
+use hyper::client::conn::http2;
+use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
+use tokio::{net::TcpStream, time::Instant};
+
+use super::body::Body;
+
+/// What an endpoint may send of one response before it is read.
+const STREAM_WINDOW: u32 = 1 << 20;
+/// What an endpoint may send of all responses before they are read.
+const CONNECTION_WINDOW: u32 = 4 << 20;
+
+/// The connections, and one dialler at a time.
+#[derive(Debug, Default)]
+pub(super) struct Shared {
+    connections: Mutex<Vec<Connection>>,
+    /// Held while a connection is made, so that a burst of requests makes one and not hundreds.
+    pub(super) dialling: tokio::sync::Mutex<()>,
+}
+
+/// One of the streams of a connection; counted until dropped.
+#[derive(Debug)]
+pub(super) struct Stream {
+    pub(super) sender: http2::SendRequest<Body>,
+    pub(super) counted: Counted,
+}
+
+/// A stream's count.
+#[derive(Debug)]
+pub(super) struct Counted(Arc<AtomicUsize>);
+
+#[derive(Debug)]
+struct Connection {
+    sender: http2::SendRequest<Body>,
+    streams: Arc<AtomicUsize>,
+    used: Instant,
+}
+
+// === impl Shared ===
+
+impl Shared {
+    /// A stream of the connection with the fewest, if one has fewer than `bound`.
+    pub(super) fn take(&self, bound: usize, now: Instant) -> Option<Stream> {
+        let mut connections = self.lock();
+        connections.retain(|connection| !connection.sender.is_closed());
+        let least = connections.iter_mut().min_by_key(|connection| connection.streams.load(Ordering::Relaxed))?;
+        (least.streams.load(Ordering::Relaxed) < bound).then(|| least.stream(now))
+    }
+
+    /// Begins HTTP/2 on a stream; `alive` is dropped with the connection.
+    pub(super) async fn add<A: Send + 'static>(
+        &self,
+        stream: TcpStream,
+        header_bytes: u32,
+        alive: A,
+    ) -> hyper::Result<Stream> {
+        let (sender, driver) = http2::Builder::new(TokioExecutor::new())
+            .timer(TokioTimer::new())
+            .initial_stream_window_size(STREAM_WINDOW)
+            .initial_connection_window_size(CONNECTION_WINDOW)
+            .max_header_list_size(header_bytes)
+            .handshake::<_, Body>(TokioIo::new(stream))
+            .await?;
+        tokio::spawn(async move {
+            if let Err(error) = driver.await {
+                tracing::debug!(%error, "HTTP/2 connection to an endpoint ended");
+            }
+            drop(alive);
+        });
+        let mut connection = Connection { sender, streams: Arc::default(), used: Instant::now() };
+        let stream = connection.stream(Instant::now());
+        self.lock().push(connection);
+        Ok(stream)
+    }
+
+    /// Closes what has been idle for too long.
+    pub(super) fn sweep(&self, age: Duration, now: Instant) {
+        self.lock().retain(|connection| {
+            let idle = connection.streams.load(Ordering::Relaxed) == 0;
+            let old = idle && now.saturating_duration_since(connection.used) >= age;
+            !old && !connection.sender.is_closed()
+        });
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Vec<Connection>> {
+        self.connections.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+// === impl Connection ===
+
+impl Connection {
+    fn stream(&mut self, now: Instant) -> Stream {
+        self.streams.fetch_add(1, Ordering::Relaxed);
+        self.used = now;
+        Stream { sender: self.sender.clone(), counted: Counted(Arc::clone(&self.streams)) }
+    }
+}
+
+// === impl Counted ===
+
+impl Drop for Counted {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::Relaxed);
+    }
+}

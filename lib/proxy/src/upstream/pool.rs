@@ -1,0 +1,363 @@
+//! All endpoints' connections, shared by all threads.
+
+use std::{
+    collections::HashMap,
+    fmt, io,
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError, Weak,
+        atomic::{AtomicBool, AtomicUsize, Ordering},
+    },
+    time::Duration,
+};
+
+use bytes::Bytes;
+use http::{Request, Response, StatusCode, response};
+use hyper::body::{Body as _, Incoming};
+use tokio::{
+    net::TcpStream,
+    task::AbortHandle,
+    time::{Instant, sleep, timeout},
+};
+
+use super::{
+    body::Body,
+    h1::{Alive, Lease},
+    h2,
+    shelf::Shelf,
+};
+use crate::endpoint::{Dial, Endpoint, Protocol};
+
+/// Connections that end before they carry a request are made again this often.
+const FRESH_TRIES: u32 = 3;
+
+/// Bounds of a pool.
+#[derive(Clone, Copy, Debug)]
+pub struct PoolLimits {
+    /// Idle HTTP/1.1 connections per endpoint.
+    pub idle: usize,
+    /// An idle connection is closed after this.
+    pub age: Duration,
+    /// A connection must be made within this.
+    pub connect: Duration,
+    /// Head of a response.
+    pub header_bytes: u32,
+    /// Streams per HTTP/2 connection, before another one is made.
+    pub streams: usize,
+}
+
+/// Connections to endpoints. Cloning shares it.
+pub struct Pool<D> {
+    shared: Arc<Shared<D>>,
+}
+
+/// The connections to one endpoint. Cloning shares them; they are closed with the last clone.
+pub struct Upstream<D> {
+    pool: Arc<Shared<D>>,
+    host: Arc<Host>,
+}
+
+/// What an endpoint answered.
+#[derive(Debug)]
+pub enum Sent {
+    /// A response; its body keeps the connection busy until its end.
+    Response(Response<Body>),
+    /// `101 Switching Protocols`.
+    Switch(response::Parts, Switch),
+}
+
+/// A connection that is about to leave HTTP.
+#[derive(Debug)]
+pub struct Switch(Lease);
+
+/// No response.
+#[derive(Debug, thiserror::Error)]
+pub enum SendError {
+    /// The endpoint cannot be reached.
+    #[error("dial {to}: {source}")]
+    Dial {
+        /// Where to.
+        to: std::net::SocketAddr,
+        /// What the kernel says.
+        source: io::Error,
+    },
+    /// The connection broke, or what came on it is not HTTP.
+    #[error(transparent)]
+    Http(#[from] hyper::Error),
+}
+
+struct Shared<D> {
+    dial: D,
+    limits: PoolLimits,
+    hosts: Mutex<HashMap<Endpoint, Weak<Host>>>,
+    /// Connections that exist, idle or not: while there are any, somebody sweeps.
+    alive: Arc<AtomicUsize>,
+    swept: AtomicBool,
+}
+
+struct Host {
+    endpoint: Endpoint,
+    shelf: Arc<Shelf>,
+    h2: h2::Shared,
+}
+
+/// Says when it is dropped, which a request's body is when it has been sent.
+struct Gone(Arc<AtomicBool>);
+
+/// Ends a task with the body that it feeds.
+struct Ends(AbortHandle);
+
+// === impl PoolLimits ===
+
+impl Default for PoolLimits {
+    fn default() -> Self {
+        Self {
+            idle: 1000,
+            age: Duration::from_secs(90),
+            connect: Duration::from_secs(10),
+            header_bytes: 256 << 10,
+            streams: 100,
+        }
+    }
+}
+
+// === impl Pool ===
+
+impl<D: Dial> Pool<D> {
+    /// An empty pool.
+    #[must_use]
+    pub fn new(dial: D, limits: PoolLimits) -> Self {
+        let (hosts, alive, swept) = (Mutex::default(), Arc::default(), AtomicBool::new(false));
+        Self { shared: Arc::new(Shared { dial, limits, hosts, alive, swept }) }
+    }
+
+    /// The connections to an endpoint; to be kept by who sends there often.
+    #[must_use]
+    pub fn upstream(&self, endpoint: Endpoint) -> Upstream<D> {
+        let limits = &self.shared.limits;
+        let mut hosts = self.shared.hosts();
+        let host = hosts.get(&endpoint).and_then(Weak::upgrade).unwrap_or_else(|| {
+            hosts.retain(|_, host| host.strong_count() > 0);
+            let shelf = Arc::new(Shelf::new(limits.idle, limits.age));
+            let host = Arc::new(Host { endpoint, shelf, h2: h2::Shared::default() });
+            hosts.insert(endpoint, Arc::downgrade(&host));
+            host
+        });
+        Upstream { pool: Arc::clone(&self.shared), host }
+    }
+
+    /// Whether a connection to there can be made; it is closed at once.
+    pub async fn reaches(&self, endpoint: &Endpoint) -> bool {
+        self.shared.dial.dial(endpoint).await.is_ok()
+    }
+
+    /// Connections that exist, idle or not.
+    #[must_use]
+    pub fn connections(&self) -> usize {
+        self.shared.alive.load(Ordering::Relaxed)
+    }
+}
+
+impl<D> Clone for Pool<D> {
+    fn clone(&self) -> Self {
+        Self { shared: Arc::clone(&self.shared) }
+    }
+}
+
+impl<D> fmt::Debug for Pool<D> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Pool").field("connections", &self.shared.alive).finish_non_exhaustive()
+    }
+}
+
+// === impl Upstream ===
+
+impl<D: Dial> Upstream<D> {
+    /// Where its requests go.
+    #[must_use]
+    pub fn endpoint(&self) -> Endpoint {
+        self.host.endpoint
+    }
+
+    /// Idle HTTP/1.1 connections.
+    #[must_use]
+    pub fn idle(&self) -> usize {
+        self.host.shelf.idle()
+    }
+
+    /// Sends a request whose head is already as the endpoint is to see it; waits for the head of the response.
+    ///
+    /// A request is sent again if, and only if, not a byte of it had been written: its connection turned out to be closed.
+    ///
+    /// # Errors
+    /// [`SendError`]: the endpoint may or may not have seen the request.
+    pub async fn send(&self, request: Request<Body>) -> Result<Sent, SendError> {
+        match self.host.endpoint.protocol {
+            Protocol::H1 => self.send_h1(request).await,
+            Protocol::H2c => self.send_h2(request).await,
+        }
+    }
+
+    async fn send_h1(&self, mut request: Request<Body>) -> Result<Sent, SendError> {
+        let sending = if request.body().is_end_stream() {
+            None
+        } else {
+            let gone = Arc::new(AtomicBool::new(false));
+            let guard = Gone(Arc::clone(&gone));
+            request = request.map(|body| body.with(None, guard));
+            Some(gone)
+        };
+        let mut fresh = 0;
+        loop {
+            let mut lease = match self.host.shelf.take(Instant::now()) {
+                Some(lease) => lease,
+                None => {
+                    fresh += 1;
+                    self.pool.connect(&self.host).await?
+                }
+            };
+            let mut error = match lease.send(request).await {
+                Ok(response) => return Ok(answered(response, lease, sending.as_deref())),
+                Err(error) => error,
+            };
+            match error.take_message() {
+                Some(unsent) if fresh < FRESH_TRIES => request = unsent,
+                _ => return Err(error.into_error().into()),
+            }
+        }
+    }
+
+    async fn send_h2(&self, mut request: Request<Body>) -> Result<Sent, SendError> {
+        let mut tries = 0;
+        loop {
+            let mut stream = self.pool.stream(&self.host).await?;
+            tries += 1;
+            let mut error = match stream.sender.try_send_request(request).await {
+                Ok(response) => {
+                    let counted = stream.counted;
+                    return Ok(Sent::Response(response.map(|body| Body::from(body).with(None, counted))));
+                }
+                Err(error) => error,
+            };
+            match error.take_message() {
+                Some(unsent) if tries < FRESH_TRIES => request = unsent,
+                _ => return Err(error.into_error().into()),
+            }
+        }
+    }
+}
+
+/// Decides who drives the connection from here on.
+fn answered(response: Response<Incoming>, lease: Lease, sending: Option<&AtomicBool>) -> Sent {
+    if response.status() == StatusCode::SWITCHING_PROTOCOLS {
+        let (parts, _) = response.into_parts();
+        return Sent::Switch(parts, Switch(lease));
+    }
+    if sending.is_some_and(|gone| !gone.load(Ordering::Acquire)) {
+        // The response has overtaken its request: both must go on whoever reads or does not read.
+        let ends = Ends(tokio::spawn(lease.run()).abort_handle());
+        return Sent::Response(response.map(|body| Body::from(body).with(None, ends)));
+    }
+    Sent::Response(response.map(|body| Body::leased(body, lease)))
+}
+
+impl<D> Clone for Upstream<D> {
+    fn clone(&self) -> Self {
+        Self { pool: Arc::clone(&self.pool), host: Arc::clone(&self.host) }
+    }
+}
+
+impl<D> fmt::Debug for Upstream<D> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Upstream").field("endpoint", &self.host.endpoint).finish_non_exhaustive()
+    }
+}
+
+// === impl Switch ===
+
+impl Switch {
+    /// The bare stream, and what has been read of it beyond the head.
+    pub async fn open(self) -> (TcpStream, Bytes) {
+        self.0.leave_http().await
+    }
+}
+
+// === impl Shared ===
+
+impl<D: Dial> Shared<D> {
+    async fn connect(self: &Arc<Self>, host: &Host) -> Result<Lease, SendError> {
+        let (stream, alive) = self.dial(host).await?;
+        Ok(Lease::handshake(stream, self.limits.header_bytes as usize, Arc::clone(&host.shelf), alive).await?)
+    }
+
+    async fn stream(self: &Arc<Self>, host: &Host) -> Result<h2::Stream, SendError> {
+        if let Some(stream) = host.h2.take(self.limits.streams, Instant::now()) {
+            return Ok(stream);
+        }
+        let _alone = host.h2.dialling.lock().await;
+        if let Some(stream) = host.h2.take(self.limits.streams, Instant::now()) {
+            return Ok(stream);
+        }
+        let (stream, alive) = self.dial(host).await?;
+        Ok(host.h2.add(stream, self.limits.header_bytes, alive).await?)
+    }
+
+    async fn dial(self: &Arc<Self>, host: &Host) -> Result<(TcpStream, Alive), SendError> {
+        let to = host.endpoint.addr;
+        let failed = |source| SendError::Dial { to, source };
+        let dialled = timeout(self.limits.connect, self.dial.dial(&host.endpoint)).await;
+        let stream = dialled.unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into())).map_err(failed)?;
+        stream.set_nodelay(true).map_err(failed)?;
+        let alive = Alive::new(&self.alive);
+        self.keep_swept();
+        Ok((stream, alive))
+    }
+
+    /// Sweeps from time to time as long as there are connections; without any, nothing runs.
+    fn keep_swept(self: &Arc<Self>) {
+        if self.swept.swap(true, Ordering::AcqRel) {
+            return;
+        }
+        let (pool, every) = (Arc::downgrade(self), self.limits.age / 8);
+        tokio::spawn(async move {
+            loop {
+                sleep(every).await;
+                let Some(pool) = pool.upgrade() else { return };
+                let now = Instant::now();
+                let hosts: Vec<Arc<Host>> = pool.hosts().values().filter_map(Weak::upgrade).collect();
+                for host in hosts {
+                    host.shelf.sweep(now);
+                    host.h2.sweep(pool.limits.age, now);
+                }
+                if pool.alive.load(Ordering::Acquire) == 0 {
+                    pool.swept.store(false, Ordering::Release);
+                    // Who connected just now saw the task running: it goes on.
+                    if pool.alive.load(Ordering::Acquire) == 0 || pool.swept.swap(true, Ordering::AcqRel) {
+                        return;
+                    }
+                }
+            }
+        });
+    }
+}
+
+impl<D> Shared<D> {
+    fn hosts(&self) -> MutexGuard<'_, HashMap<Endpoint, Weak<Host>>> {
+        self.hosts.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+// === impl Gone ===
+
+impl Drop for Gone {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Release);
+    }
+}
+
+// === impl Ends ===
+
+impl Drop for Ends {
+    fn drop(&mut self) {
+        self.0.abort();
+    }
+}

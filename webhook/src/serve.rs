@@ -1,0 +1,223 @@
+//! The edge: HTTPS in, verdicts out.
+
+use std::{
+    collections::BTreeSet,
+    convert::Infallible,
+    io,
+    net::SocketAddr,
+    sync::Arc,
+    time::{Duration, SystemTime},
+};
+
+use bytes::Bytes;
+use http::{Method, Request, Response, StatusCode, header::CONTENT_TYPE};
+use http_body_util::{BodyExt as _, Full, Limited};
+use hyper::{
+    body::{Body as _, Incoming},
+    service::service_fn,
+};
+use hyper_util::{
+    rt::{TokioExecutor, TokioIo, TokioTimer},
+    server::{conn::auto, graceful::GracefulShutdown},
+};
+use rustls::{ServerConfig, crypto::CryptoProvider};
+use tokio::{
+    net::{TcpListener, TcpStream},
+    sync::Semaphore,
+};
+use tokio_rustls::TlsAcceptor;
+
+use crate::{
+    certificate::{CertificateError, Certificates},
+    config::Config,
+    mutate::Verdict,
+    review::review,
+};
+
+/// Where reviews come in of pods that ask themselves.
+pub const POD_PATH: &str = "/pods";
+/// Where reviews come in of pods whose namespace asks: the review does not tell, the registration does.
+pub const NAMESPACE_PATH: &str = "/namespaces";
+/// A review holds a pod, 1.5 MiB at most as etcd has it, and may hold it twice.
+const MAX_REVIEW: usize = 8 << 20;
+/// Who has not said its TLS hello or its request's head by then is let go.
+const SLOW: Duration = Duration::from_secs(10);
+/// How often certificates are looked at.
+const REFRESH: Duration = Duration::from_secs(10);
+/// Connections at once: API servers keep few, and the rest of the cluster has no business here.
+const MAX_CONNECTIONS: usize = 256;
+/// Reviews under way are waited for at the end.
+const DRAIN: Duration = Duration::from_secs(10);
+
+/// Why the webhook does not serve.
+#[derive(Debug, thiserror::Error)]
+pub enum WebhookError {
+    /// No certificate.
+    #[error(transparent)]
+    Certificate(#[from] CertificateError),
+    /// No TLS.
+    #[error("TLS: {0}")]
+    Tls(#[from] rustls::Error),
+    /// The address cannot be had.
+    #[error("{address}: {source}")]
+    Listen {
+        /// Which.
+        address: SocketAddr,
+        /// Why.
+        source: io::Error,
+    },
+}
+
+/// A webhook that listens.
+#[derive(Debug)]
+pub struct Bound {
+    /// Where.
+    pub address: SocketAddr,
+    /// With what.
+    pub certificates: Arc<Certificates>,
+    listener: TcpListener,
+    acceptor: Acceptor,
+    plain_runtimes: Arc<BTreeSet<String>>,
+}
+
+#[derive(Clone)]
+struct Acceptor(TlsAcceptor);
+
+// === impl Acceptor ===
+
+impl std::fmt::Debug for Acceptor {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Acceptor").finish_non_exhaustive()
+    }
+}
+
+/// Reads the certificate and binds.
+///
+/// # Errors
+/// [`WebhookError`].
+pub async fn build(config: Config) -> Result<Bound, WebhookError> {
+    let provider: Arc<CryptoProvider> = Arc::new(rustls::crypto::ring::default_provider());
+    let certificates = Arc::new(Certificates::new(&config.certificate, provider.clone(), SystemTime::now())?);
+    let mut tls = ServerConfig::builder_with_provider(provider)
+        .with_safe_default_protocol_versions()?
+        .with_no_client_auth()
+        .with_cert_resolver(certificates.clone());
+    tls.alpn_protocols = vec![b"h2".to_vec(), b"http/1.1".to_vec()];
+    let failed = |source| WebhookError::Listen { address: config.listen, source };
+    let listener = TcpListener::bind(config.listen).await.map_err(failed)?;
+    let address = listener.local_addr().map_err(failed)?;
+    let acceptor = Acceptor(TlsAcceptor::from(Arc::new(tls)));
+    Ok(Bound { address, certificates, listener, acceptor, plain_runtimes: Arc::new(config.plain_runtimes) })
+}
+
+// === impl Bound ===
+
+impl Bound {
+    /// Serves until `drain` resolves, then finishes what is under way.
+    pub async fn run(self, drain: impl Future<Output = ()>) {
+        let graceful = GracefulShutdown::new();
+        let places = Arc::new(Semaphore::new(MAX_CONNECTIONS));
+        let mut refresh = tokio::time::interval(REFRESH);
+        let mut drain = std::pin::pin!(drain);
+        loop {
+            let stream = tokio::select! {
+                () = &mut drain => break,
+                _ = refresh.tick() => {
+                    self.refresh();
+                    continue;
+                }
+                accepted = self.listener.accept() => match accepted {
+                    Ok((stream, _)) => stream,
+                    Err(error) => {
+                        // Of this connection, or of all of them for lack of descriptors: then a loop would only burn time.
+                        tracing::warn!(%error, "accept");
+                        tokio::time::sleep(Duration::from_millis(50)).await;
+                        continue;
+                    }
+                },
+            };
+            let Ok(place) = places.clone().try_acquire_owned() else {
+                tracing::warn!("more than {MAX_CONNECTIONS} connections: one refused");
+                continue;
+            };
+            let serving = serve(stream, self.acceptor.clone(), self.plain_runtimes.clone(), graceful.watcher());
+            tokio::spawn(async move {
+                if let Err(error) = serving.await {
+                    tracing::debug!(%error, "connection");
+                }
+                drop(place);
+            });
+        }
+        drop(self.listener);
+        if tokio::time::timeout(DRAIN, graceful.shutdown()).await.is_err() {
+            tracing::warn!("reviews did not end in {DRAIN:?}");
+        }
+    }
+
+    fn refresh(&self) {
+        match self.certificates.refresh(SystemTime::now()) {
+            Ok(true) => tracing::info!("certificate exchanged"),
+            Ok(false) => {}
+            Err(error) => tracing::error!(%error, "the old certificate is used on"),
+        }
+    }
+}
+
+async fn serve(
+    stream: TcpStream,
+    acceptor: Acceptor,
+    plain_runtimes: Arc<BTreeSet<String>>,
+    watcher: hyper_util::server::graceful::Watcher,
+) -> Result<(), Box<dyn std::error::Error + Send + Sync>> {
+    let stream = tokio::time::timeout(SLOW, acceptor.0.accept(stream)).await??;
+    let service = service_fn(move |request| {
+        let plain_runtimes = plain_runtimes.clone();
+        async move { Ok::<_, Infallible>(answer(request, &plain_runtimes).await) }
+    });
+    let mut http = auto::Builder::new(TokioExecutor::new());
+    http.http1().timer(TokioTimer::new()).header_read_timeout(SLOW);
+    http.http2().timer(TokioTimer::new());
+    watcher.watch(http.serve_connection(TokioIo::new(stream), service).into_owned()).await
+}
+
+async fn answer(request: Request<Incoming>, plain_runtimes: &BTreeSet<String>) -> Response<Full<Bytes>> {
+    let namespace_asks = match (request.method(), request.uri().path()) {
+        (&Method::POST, POD_PATH) => false,
+        (&Method::POST, NAMESPACE_PATH) => true,
+        (&Method::GET, "/healthz" | "/readyz") => return text(StatusCode::OK, "ok"),
+        (_, POD_PATH | NAMESPACE_PATH) => return text(StatusCode::METHOD_NOT_ALLOWED, "reviews are POSTed"),
+        _ => return text(StatusCode::NOT_FOUND, "no such page"),
+    };
+    // What announces itself as too long is refused before a byte of it is read.
+    if request.body().size_hint().lower() > MAX_REVIEW as u64 {
+        return text(StatusCode::PAYLOAD_TOO_LARGE, "longer than any review");
+    }
+    let body = match Limited::new(request.into_body(), MAX_REVIEW).collect().await {
+        Ok(body) => body.to_bytes(),
+        Err(error) => return text(StatusCode::PAYLOAD_TOO_LARGE, &format!("body: {error}")),
+    };
+    let reviewed = match review(&body, namespace_asks, plain_runtimes) {
+        Ok(reviewed) => reviewed,
+        Err(error) => {
+            tracing::warn!(%error, "review");
+            return text(StatusCode::BAD_REQUEST, &error.to_string());
+        }
+    };
+    let (namespace, name) = reviewed.pod;
+    match &reviewed.verdict {
+        Verdict::Patch { settings, .. } => {
+            tracing::info!(namespace, name, revision = settings.revision, "queue-proxy taken out");
+        }
+        Verdict::Keep { reason, .. } => tracing::warn!(namespace, name, reason, "queue-proxy stays"),
+        Verdict::NotOurs => {}
+    }
+    let mut response = Response::new(Full::from(reviewed.answer.to_string()));
+    response.headers_mut().insert(CONTENT_TYPE, http::HeaderValue::from_static("application/json"));
+    response
+}
+
+fn text(status: StatusCode, text: &str) -> Response<Full<Bytes>> {
+    let mut response = Response::new(Full::from(format!("{text}\n")));
+    *response.status_mut() = status;
+    response
+}
