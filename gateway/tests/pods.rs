@@ -1,4 +1,5 @@
 //! Pods without queue-proxy: the gateway serves listeners that the agent hands it, over its own death.
+#![expect(clippy::unwrap_used, reason = "a test ends where its surroundings fail")]
 
 mod harness;
 
