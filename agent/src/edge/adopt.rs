@@ -78,6 +78,7 @@ impl Agent {
         child: Arc<Child>,
         startup: Startup,
         events: mpsc::UnboundedSender<Event>,
+        cgroups: Cgroups,
     ) -> Result<Self, AgentError> {
         let config: Config = serde_json::from_value(startup.config)?;
         let mut kept = Kept::sort(startup.restored);
@@ -106,11 +107,10 @@ impl Agent {
             path.register(Some(socket.as_fd()), near.as_fd(), GATEWAY)?;
         }
         failpoint("agent.registered");
-        let supervisor = rustix::process::getppid().map_or(0, |pid| pid.as_raw_nonzero().get());
         let mut agent = Self {
             failpoint: config.function_failpoint.clone().filter(|_| startup.first),
             state: Arc::new(Mutex::new(State::new(config.shm_limit))),
-            cgroups: Cgroups::new(&format!("lifl.{supervisor}")),
+            cgroups,
             child,
             config,
             path: Arc::new(path),
