@@ -40,6 +40,7 @@ fn usage_is_2_and_help_is_0() -> Outcome {
     says(&["nonsense"], 2, &["nonsense", "Usage"])?;
     says(&["up"], 2, &["<DIR>"])?;
     says(&["up", "/tmp", "--listen", "nowhere"], 2, &["--listen", "nowhere"])?;
+    says(&["demo", "--rounds", "0"], 2, &["--rounds", "0"])?;
     for args in [&["--help"][..], &["--version"], &["up", "--help"], &["demo", "--help"]] {
         let (code, out, _) = run(args)?;
         ensure(code == 0 && out.contains("lifl"), || format!("{args:?}: {code} {out}"))?;
@@ -74,6 +75,13 @@ fn a_port_in_use_is_named_with_what_to_do() -> Outcome {
     let free = "127.0.0.1:0";
     says(&["up", &path, "--listen", &address, "--admin", free], 1, &[&address, "clients", "--listen"])?;
     says(&["up", &path, "--listen", free, "--admin", &address], 1, &[&address, "admin", "--admin"])
+}
+
+#[test]
+fn a_demo_that_cannot_succeed_says_so_at_once() -> Outcome {
+    says(&["demo", "--plot", "/does/not/exist.svg"], 1, &["--plot", "/does/not/exist.svg"])?;
+    let free = ["demo", "--userspace", "--listen", "127.0.0.1:0", "--admin", "127.0.0.1:0", "--shm-limit", "1"];
+    says(&free, 1, &["bytes of shared memory", "--shm-limit"])
 }
 
 #[test]

@@ -21,7 +21,7 @@ use harness::{
 use libtest_mimic::{Arguments, Trial};
 
 /// What is watched: longer than any heartbeat.
-const WATCHED: Duration = Duration::from_secs(20);
+const WATCHED: Duration = Duration::from_secs(60);
 /// Ticks of the processor that one process may take meanwhile.
 const TICKS: u64 = 1;
 /// Voluntary context switches of all processes together, a second.

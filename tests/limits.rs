@@ -3,7 +3,14 @@
 #[expect(dead_code, reason = "of the harness only a part is needed here")]
 mod harness;
 
-use std::{fs, io::Write as _, net::TcpStream, time::Duration};
+use std::{
+    fs,
+    io::{self, Write as _},
+    net::TcpStream,
+    sync::mpsc::{self, RecvTimeoutError},
+    thread::{self, JoinHandle},
+    time::Duration,
+};
 
 use harness::{
     Outcome,
@@ -57,6 +64,36 @@ fn half(up: &Up, call: &Call<'_>) -> Outcome<TcpStream> {
     Ok(stream)
 }
 
+/// An upload that stays under way, a little every now and then, until it is told to end.
+struct Held {
+    end: mpsc::Sender<()>,
+    thread: JoinHandle<io::Result<TcpStream>>,
+}
+
+impl Held {
+    fn new(up: &Up, call: &Call<'_>) -> Outcome<Self> {
+        let mut stream = half(up, call)?;
+        let rest = call.body[call.body.len() / 2..].to_vec();
+        let (end, told) = mpsc::channel();
+        let thread = thread::spawn(move || {
+            let mut sent = 0;
+            while told.recv_timeout(Duration::from_millis(500)) == Err(RecvTimeoutError::Timeout) {
+                let next = (sent + 1024).min(rest.len() - 1);
+                stream.write_all(&rest[sent..next])?;
+                sent = next;
+            }
+            stream.write_all(&rest[sent..])?;
+            Ok(stream)
+        });
+        Ok(Self { end, thread })
+    }
+
+    fn finish(self) -> Outcome<TcpStream> {
+        drop(self.end);
+        Ok(self.thread.join().map_err(|_panic| "the sender panicked")??)
+    }
+}
+
 /// A field of a job's chain in the gateway's status.
 fn chain(up: &Up, job: &str, field: &str) -> Option<serde_json::Value> {
     let chains = up.status()?["components"]["gateway"]["status"]["chains"].as_array()?.clone();
@@ -82,15 +119,14 @@ fn a_chain_without_a_free_slot_sends_clients_away_for_a_while() -> Outcome {
         asked_to_train(&up, "tight", client, token)?;
         calls.push(Call { method: "POST", path, headers: update_headers("tight", client, 1, token), body: &body });
     }
-    let mut under_way = calls[..2].iter().map(|call| half(&up, call)).collect::<Outcome<Vec<_>>>()?;
+    let under_way = calls[..2].iter().map(|call| Held::new(&up, call)).collect::<Outcome<Vec<_>>>()?;
     until("two uploads", || chain(&up, "tight", "uploading").filter(|count| *count == 2))?;
     let refused = calls[2].to(up.gateway, Duration::from_secs(20))?;
     ensure(refused.status == 429 && refused.header("retry-after").is_some(), || refused.text())?;
     ensure(refused.text().contains("of the job's slots exist"), || refused.text())?;
     oracle::check(&small, &Clients::start(up.gateway, &small).done()?, false)?;
-    for stream in &mut under_way {
-        stream.write_all(&body[body.len() / 2..])?;
-        let answer = read(stream)?;
+    for held in under_way {
+        let answer = read(&mut held.finish()?)?;
         ensure(answer.status == 202, || answer.text())?;
     }
     until("a slot", || calls[2].to(up.gateway, Duration::from_secs(20)).ok().filter(|answer| answer.status == 202))?;

@@ -26,14 +26,17 @@ enum Knob {
     Processes,
 }
 
+/// A platform's parent group is this and the pid of its supervisor.
+const PREFIX: &str = "lifl.";
 /// A function needs one; the second is room for the moment of a fork that it never makes.
 const MAX_PROCESSES: u64 = 8;
 
 // === impl Cgroups ===
 
 impl Cgroups {
-    /// Makes this node's parent group in each hierarchy that can bound memory or processes; none when not permitted.
-    pub(crate) fn new(name: &str) -> Self {
+    /// Makes the parent group of this platform's functions in each hierarchy that can bound memory or processes; none when
+    /// not permitted. Groups of platforms that died without an agent to remove them go first.
+    pub(crate) fn new(supervisor: i32) -> Self {
         let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
         let mut roots = Vec::new();
         for (mount, kind, options) in mounts.lines().filter_map(parse_mount) {
@@ -42,7 +45,10 @@ impl Cgroups {
                 "cgroup" => v1_knobs(&options),
                 _ => continue,
             };
-            let folder = mount.join(name);
+            let folder = mount.join(format!("{PREFIX}{supervisor}"));
+            if !knobs.is_empty() {
+                sweep(&mount);
+            }
             if !knobs.is_empty() && fs::create_dir_all(&folder).is_ok() {
                 if kind == "cgroup2" {
                     let _refused_shows_in_apply = fs::write(folder.join("cgroup.subtree_control"), "+memory +pids");
@@ -79,15 +85,29 @@ impl Cgroups {
 
     /// Removes everything; groups must be empty.
     pub(crate) fn remove_all(&self) {
-        for root in &self.roots {
-            for entry in fs::read_dir(&root.folder).into_iter().flatten().flatten() {
-                if entry.file_type().is_ok_and(|kind| kind.is_dir()) {
-                    let _busy = fs::remove_dir(entry.path());
-                }
-            }
-            let _busy = fs::remove_dir(&root.folder);
+        self.roots.iter().for_each(|root| remove_tree(&root.folder));
+    }
+}
+
+/// Removes the groups of dead platforms. Only empty groups can be removed: a living one that this process cannot see (another
+/// pid namespace) loses nothing but folders that are made again when they are needed.
+fn sweep(mount: &Path) {
+    for entry in fs::read_dir(mount).into_iter().flatten().flatten() {
+        let name = entry.file_name();
+        let pid = name.to_str().and_then(|name| name.strip_prefix(PREFIX)?.parse::<u32>().ok());
+        if pid.is_some_and(|pid| !Path::new("/proc").join(pid.to_string()).exists()) {
+            remove_tree(&entry.path());
         }
     }
+}
+
+fn remove_tree(folder: &Path) {
+    for entry in fs::read_dir(folder).into_iter().flatten().flatten() {
+        if entry.file_type().is_ok_and(|kind| kind.is_dir()) {
+            let _busy = fs::remove_dir(entry.path());
+        }
+    }
+    let _busy = fs::remove_dir(folder);
 }
 
 /// Mount point, file system and super options of a line of `mountinfo`.
@@ -126,6 +146,21 @@ fn v2_knobs(mount: &Path) -> Vec<(&'static str, Knob)> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn groups_of_dead_platforms_go_and_others_stay() {
+        let mount = tempfile::tempdir().unwrap();
+        let mut child = std::process::Command::new("true").spawn().unwrap();
+        let dead = child.id();
+        child.wait().unwrap();
+        let group = |pid: u32| mount.path().join(format!("{PREFIX}{pid}"));
+        fs::create_dir_all(group(dead).join("1-16-3")).unwrap();
+        fs::create_dir_all(group(std::process::id()).join("1-16-3")).unwrap();
+        fs::create_dir_all(mount.path().join("lifl.slice")).unwrap();
+        sweep(mount.path());
+        assert!(!group(dead).exists());
+        assert!(group(std::process::id()).join("1-16-3").exists() && mount.path().join("lifl.slice").exists());
+    }
 
     #[test]
     fn hierarchies_are_read_from_mountinfo() {

@@ -98,30 +98,24 @@ struct Agent {
 pub async fn run(child: Child, startup: Startup) -> Result<(), AgentError> {
     let (events, mut heard) = mpsc::unbounded_channel();
     let child = Arc::new(child);
-    let mut agent = Agent::begin(child.clone(), startup, events.clone()).await?;
+    let supervisor = rustix::process::getppid().map_or(0, |pid| pid.as_raw_nonzero().get());
+    let cgroups = Cgroups::new(supervisor);
+    let begun = Agent::begin(child.clone(), startup, events.clone(), cgroups.clone()).await;
+    let mut agent = begun.inspect_err(|error| {
+        if matches!(error, AgentError::Child(_)) {
+            cgroups.remove_all();
+        }
+    })?;
     tokio::spawn(forward_peers(child.clone(), events.clone()));
     // Functions that this process started are its children; waiting for them by descriptor needs no handler, but the
     // default action of SIGCHLD must not be "ignore", or their exit codes would be lost.
     let _kept = signal(SignalKind::child())?;
-    child.ready().await?;
-    if let Some(node) = agent.config.node.clone() {
-        tokio::spawn(node::watch(node, events.clone()));
+    let result = agent.serve(&child, &mut heard).await;
+    // A deposit that fails is how the supervisor's death is learnt in the middle of something.
+    if matches!(result, Ok(()) | Err(AgentError::Child(_))) {
+        agent.end();
     }
-    loop {
-        let event = tokio::select! {
-            event = heard.recv() => event,
-            () = node::until(agent.pods.next_try()) => {
-                agent.retry_pods().await?;
-                continue;
-            }
-        };
-        match event {
-            None | Some(Event::Drain) => break,
-            Some(event) => agent.handle(event).await?,
-        }
-    }
-    agent.end();
-    Ok(())
+    result
 }
 
 async fn forward_peers(child: Arc<Child>, events: mpsc::UnboundedSender<Event>) {
@@ -210,6 +204,26 @@ impl Agent {
         self.child
             .on_status(move || metrics::status(&state.lock().unwrap_or_else(PoisonError::into_inner), &path, name));
         Ok(())
+    }
+
+    async fn serve(&mut self, child: &Child, heard: &mut mpsc::UnboundedReceiver<Event>) -> Result<(), AgentError> {
+        child.ready().await?;
+        if let Some(node) = self.config.node.clone() {
+            tokio::spawn(node::watch(node, self.events.clone()));
+        }
+        loop {
+            let event = tokio::select! {
+                event = heard.recv() => event,
+                () = node::until(self.pods.next_try()) => {
+                    self.retry_pods().await?;
+                    continue;
+                }
+            };
+            match event {
+                None | Some(Event::Drain) => return Ok(()),
+                Some(event) => self.handle(event).await?,
+            }
+        }
     }
 
     async fn handle(&mut self, event: Event) -> Result<(), AgentError> {

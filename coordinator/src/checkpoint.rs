@@ -1,17 +1,21 @@
 //! Where committed rounds are kept, and how a job goes on from there.
 //!
 //! ```text
+//! <uri>/lock                             locked while a coordinator writes here
 //! <uri>/job.json                         whose folder it is, chain, key of the tokens (0600)
 //! <uri>/rounds/000003/model.safetensors  written first,
 //!                     receipt.json       second: (source, id, weight, digest) of every update,
 //!                     commit.json        last: the hashes of both; without it the round does not exist
+//! <uri>/finished.json                    the stop condition was met: by which model, and which condition
 //! <uri>/damaged/                         rounds that could not be read back, for people
 //! ```
 //!
 //! Every file is synced and renamed into place before the next is begun, so a crash between any two steps leaves the
 //! last committed round as it was. Pruning takes models only; receipts and commits of all rounds stay.
 
+mod end;
 mod identity;
+mod lock;
 mod model;
 
 use std::{
@@ -29,6 +33,7 @@ use sha2::{Digest as _, Sha256};
 
 use self::model::{CHUNK, Inspector, hex};
 pub use self::{
+    end::Finished,
     identity::Identity,
     model::{Sealed, Source, initial},
 };
@@ -42,6 +47,8 @@ pub struct Checkpoint {
     uri: String,
     /// Rounds whose model is kept.
     models: Mutex<BTreeSet<u32>>,
+    /// Held, not read: the kernel frees it with the process.
+    lock: Option<std::fs::File>,
     #[cfg(test)]
     pub(crate) steps_left: std::sync::atomic::AtomicU32,
 }
@@ -113,6 +120,14 @@ pub enum CheckpointError {
         path: PathBuf,
         /// Its job.
         owner: String,
+    },
+    /// Another coordinator writes into it.
+    #[error("{path} is in use by {holder}: stop that one, or give this job a checkpoint folder of its own")]
+    Locked {
+        /// Folder.
+        path: PathBuf,
+        /// Who has it.
+        holder: String,
     },
     /// Rounds are committed, and none can be read back.
     #[error("{path}: none of the committed rounds can be read back: {why}; move the folder away to begin anew")]
@@ -202,6 +217,7 @@ impl Checkpoint {
             root,
             uri: uri.trim_end_matches('/').to_owned(),
             models: Mutex::default(),
+            lock: None,
             #[cfg(test)]
             steps_left: u32::MAX.into(),
         })

@@ -16,6 +16,7 @@
 
 pub mod checkpoint;
 pub mod config;
+mod figures;
 mod metrics;
 pub mod plan;
 pub mod round;

@@ -36,6 +36,8 @@ use crate::{
 const FRESH: i64 = 30_000;
 /// A round waits so long for the evaluators' word on the model before it, at most its deadline.
 const EVALUATION: i64 = 10_000;
+/// Clients that a message names, at most.
+const NAMED: usize = 5;
 /// Waits between attempts grow from this...
 const BACKOFF: i64 = 1_000;
 /// ...to this.
@@ -100,6 +102,8 @@ pub enum Event {
     FirstModel,
     /// They are stored: round 0.
     FirstStored(Result<(Model, Shape), StoreFailure>),
+    /// The end of the job is stored, or not.
+    EndStored(Result<(), StoreFailure>),
     /// A round is stored, or not.
     Stored(u32, Result<Model, StoreFailure>),
     /// A time that [`wake`] named has come.
@@ -131,6 +135,11 @@ pub enum Action {
     },
     /// Write the first client's tensors as round 0, then tell [`Event::FirstStored`].
     StoreFirst,
+    /// Write that the stop condition is met by the last committed model, then tell [`Event::EndStored`].
+    StoreEnd {
+        /// Why, for people.
+        reason: String,
+    },
     /// Have the supervisor keep this before anything later in the list is done.
     Save(SavedRound),
     /// Have the supervisor forget it.
@@ -148,6 +157,13 @@ pub enum Action {
     Unused {
         /// Round.
         round: u32,
+    },
+    /// For the log, once per job: figures that a client sent are left out.
+    FiguresDropped {
+        /// Who sent them.
+        client: String,
+        /// How many.
+        dropped: usize,
     },
     /// For logs and metrics: the job failed in this round.
     Failed {
@@ -188,6 +204,7 @@ pub fn wake(job: &JobState) -> Option<i64> {
         (Phase::Open, Some(round)) if job.gateway => times.push(round.deadline),
         (Phase::Closing, Some(round)) if job.gateway && job.agent && round.done.is_none() => times.push(round.watchdog),
         (Phase::Committing, Some(round)) => times.extend(round.retry_at),
+        (Phase::Committing, None) => times.extend(job.ending.as_ref().and_then(|ending| ending.retry_at)),
         _ => {}
     }
     match job.phase {
@@ -218,6 +235,12 @@ fn advance(job: &mut JobState, now: i64, out: &mut Vec<Action>) -> bool {
 /// ## Pending => Planning | Gathering | Succeeded | Failed
 fn pending(job: &mut JobState, now: i64, out: &mut Vec<Action>) -> bool {
     if job.chain.is_none() || !job.agent || !job.gateway {
+        let missing = match (job.agent, job.gateway) {
+            (false, true) => "agent",
+            (true, false) => "gateway",
+            _ => "agent and gateway",
+        };
+        job.say_waiting("Starting", format!("waits for the {missing} of its node"), now);
         return false;
     }
     if job.document.spec.auth.is_some() && job.join_secret.is_none() {
@@ -229,12 +252,21 @@ fn pending(job: &mut JobState, now: i64, out: &mut Vec<Action>) -> bool {
         peers::introduce(job, out);
         return finish_rounds(job, now, out);
     }
+    // Updates acknowledged after that end (the manifest asked for more rounds meanwhile) are not left behind.
+    let acknowledged = job.ledger.as_ref().is_some_and(|l| l.round == job.committed + 1 && l.admitted > 0);
+    if let Some(message) = job.ended.take().filter(|_| !acknowledged) {
+        job.phase = Phase::Planning;
+        peers::introduce(job, out);
+        return succeed(job, "StopConditionMet", message, now, out);
+    }
     if job.shape.is_some() {
         if plan_it(job, now, out) {
             job.phase = Phase::Planning;
             peers::introduce(job, out);
         }
     } else {
+        let message = "its first client has not brought the model yet (model.initial.fromFirstClient)".to_owned();
+        job.say_waiting("WaitingForModel", message, now);
         peers::introduce(job, out);
         send_chain(job, out);
         begin_rounds(job, now, out);
@@ -253,9 +285,12 @@ fn planning(job: &mut JobState, now: i64, out: &mut Vec<Action>) -> bool {
 
 /// Goes on with the round that the gateway's ledger holds (the coordinator was restarted), or waits for clients.
 fn begin_rounds(job: &mut JobState, now: i64, out: &mut Vec<Action>) {
-    let saved = job.saved.take().filter(|saved| saved.number == job.committed + 1);
-    let ledger = job.ledger.take().filter(|l| l.round == job.committed + 1);
-    job.finishing = job.finishing.take().or_else(|| saved.as_ref().and_then(|s| s.finishing.clone()));
+    let (saved, committed) = (job.saved.take(), job.committed);
+    // Of the round just committed only this counts: its writer died before it had the end stored.
+    let finishing = saved.as_ref().filter(|s| (committed..=committed + 1).contains(&s.number));
+    job.finishing = job.finishing.take().or_else(|| finishing.and_then(|s| s.finishing.clone()));
+    let saved = saved.filter(|saved| saved.number == committed + 1);
+    let ledger = job.ledger.take().filter(|l| l.round == committed + 1);
     let Some(ledger) = ledger else {
         return gather(job, now);
     };
@@ -336,10 +371,11 @@ fn unmeasured(job: &JobState) -> Option<(i64, Vec<String>)> {
     (!missing.is_empty()).then_some((until, missing))
 }
 
-/// ## Gathering => Open | Succeeded
+/// ## Gathering => Open | Committing (the end)
 fn gathering(job: &mut JobState, now: i64, out: &mut Vec<Action>) -> bool {
     if let Some(message) = job.finishing.clone() {
-        return succeed(job, "StopConditionMet", message, now, out);
+        commit::end(job, message, out);
+        return true;
     }
     if !job.gateway {
         return false;
@@ -349,8 +385,10 @@ fn gathering(job: &mut JobState, now: i64, out: &mut Vec<Action>) -> bool {
     }
     if let Some((until, missing)) = unmeasured(job) {
         if now < until {
-            let (number, names) = (job.committed + 1, missing.join(", "));
-            let message = format!("round {number} waits for the figures of the model before it: of {names}");
+            let (number, names) = (job.committed + 1, missing[..missing.len().min(NAMED)].join(", "));
+            let more = missing.len().saturating_sub(NAMED);
+            let more = if more > 0 { format!(" and {more} more") } else { String::new() };
+            let message = format!("round {number} waits for the figures of the model before it: of {names}{more}");
             job.condition(kind::PROGRESSING, true, "WaitingForEvaluators", message, now);
             return false;
         }
@@ -373,7 +411,9 @@ fn gathering(job: &mut JobState, now: i64, out: &mut Vec<Action>) -> bool {
     } else {
         let message =
             format!("round {} waits for clients: {here} are alive, {min} are needed (minClients)", job.committed + 1);
-        job.condition(kind::PROGRESSING, true, "WaitingForClients", message, now);
+        // Who is alive is asked anew before every round: only an answer shows that it waits.
+        let waits = here < min && is_fresh(job);
+        job.condition(kind::PROGRESSING, !waits, "WaitingForClients", message, now);
     }
     false
 }
@@ -412,6 +452,7 @@ fn send_plan(job: &mut JobState, now: i64, out: &mut Vec<Action>) {
     let members = plan.members.clone();
     job.plan.revision = next_revision(job, now);
     job.plan.state = PlanState::Sent;
+    job.say_waiting("StartingAggregators", format!("{} aggregators are being started", members.len()), now);
     out.push(Action::Agent(Order::Plan { chain, revision: job.plan.revision, members }));
 }
 
@@ -449,7 +490,8 @@ fn succeed(job: &mut JobState, reason: &str, message: String, now: i64, out: &mu
     job.round = None;
     job.document.status.get_or_insert_default().phase = Shown::Succeeded;
     job.condition(kind::SUCCEEDED, true, reason, message.clone(), now);
-    job.condition(kind::PROGRESSING, false, reason, message, now);
+    job.condition(kind::PROGRESSING, false, reason, message.clone(), now);
+    job.say_waiting(reason, message, now);
     out.extend(peers::finish_words(job));
     end_members(job, now, out);
     out.push(Action::Forget);

@@ -3,7 +3,6 @@
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
 use lifl_api::{
-    event::MetricsData,
     job::FederatedJob,
     node::{ChainState, ReceiptEntry},
 };
@@ -11,6 +10,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
 use crate::{
+    figures::Figures,
     plan::{Plan, Refusal, Shape},
     status,
 };
@@ -40,6 +40,8 @@ pub struct JobState {
     pub(crate) mute: bool,
     pub(crate) shape: Option<Shape>,
     pub(crate) model: Option<Model>,
+    /// The first client's tensors are being stored as its model.
+    pub(crate) adopting: bool,
     pub(crate) committed: u32,
     pub(crate) node: Option<Node>,
     pub(crate) agent: bool,
@@ -55,8 +57,14 @@ pub struct JobState {
     pub(crate) round: Option<Round>,
     pub(crate) clients: Clients,
     pub(crate) figures: Figures,
+    /// It was logged that figures are left out.
+    pub(crate) figures_dropped: bool,
     /// Why the job ends after the round under way.
     pub(crate) finishing: Option<String>,
+    /// Its end by the stop condition, while that is being stored.
+    pub(crate) ending: Option<Ending>,
+    /// Why an earlier life of the coordinator ended the job.
+    pub(crate) ended: Option<String>,
     pub(crate) history: VecDeque<RoundSummary>,
     pub(crate) members_died: u32,
     /// The status changed since the gateway was told.
@@ -76,7 +84,7 @@ pub enum Phase {
     Open,
     /// No update is accepted any more; the model is being made.
     Closing,
-    /// The model is being stored.
+    /// The model, or the end of the job, is being stored.
     Committing,
     /// All rounds are committed, or the stop condition is met.
     Succeeded,
@@ -99,6 +107,8 @@ pub struct Loaded {
     pub warning: Option<String>,
     /// Deposit of an earlier life.
     pub saved: Option<SavedRound>,
+    /// The stop condition was met by the model: why.
+    pub ended: Option<String>,
 }
 
 /// The global model.
@@ -170,6 +180,15 @@ pub(crate) struct Round {
     pub(crate) retry_at: Option<i64>,
 }
 
+/// The end of a job by its stop condition, on its way to the checkpoint: told when it is there.
+#[derive(Clone, Debug)]
+pub(crate) struct Ending {
+    pub(crate) message: String,
+    pub(crate) failures: u32,
+    /// When a failed attempt is repeated; `None`: it is being written.
+    pub(crate) retry_at: Option<i64>,
+}
+
 /// The gateway's word that a round's model is sealed.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Done {
@@ -233,14 +252,6 @@ pub(crate) struct Clients {
     pub(crate) last_join: i64,
     /// When the wait for this round began.
     pub(crate) since: i64,
-}
-
-/// What clients and evaluators measured of the global model.
-#[derive(Debug, Default)]
-pub(crate) struct Figures {
-    round: u32,
-    clients: BTreeMap<String, MetricsData>,
-    evaluators: BTreeMap<String, MetricsData>,
 }
 
 // === impl Jobs ===
@@ -339,6 +350,7 @@ impl JobState {
             shape,
             committed: model.as_ref().map_or(0, |m| m.round),
             model,
+            adopting: false,
             node: None,
             agent: false,
             gateway: false,
@@ -350,7 +362,10 @@ impl JobState {
             round: None,
             clients: Clients { last_join: now, since: now, ..Clients::default() },
             figures: Figures::default(),
+            figures_dropped: false,
             finishing: None,
+            ending: None,
+            ended: loaded.ended,
             history: loaded.history.into(),
             members_died: 0,
             dirty: true,
@@ -364,6 +379,7 @@ impl JobState {
         if let Some(message) = loaded.warning {
             status::set_condition(status, status::kind::CHECKPOINT, false, "CheckpointDamaged", message, now);
         }
+        job.say_waiting("Starting", "waits for the agent and the gateway of its node".to_owned(), now);
         job.trim_history();
         job.show_model();
         job
@@ -408,6 +424,11 @@ impl JobState {
         self.dirty |= status::set_condition(status, kind, value, reason, message, now);
     }
 
+    /// Why nothing can be aggregated yet.
+    pub(crate) fn say_waiting(&mut self, reason: &str, message: String, now: i64) {
+        self.condition(status::kind::READY, false, reason, message, now);
+    }
+
     pub(crate) fn say_failed(&mut self, reason: &str, message: &str, now: i64) {
         self.document.status.get_or_insert_default().phase = lifl_api::job::Phase::Failed;
         for kind in [status::kind::READY, status::kind::PROGRESSING, status::kind::SUCCEEDED] {
@@ -450,63 +471,4 @@ impl JobState {
 
 fn saturate(n: usize) -> u32 {
     u32::try_from(n).unwrap_or(u32::MAX)
-}
-
-// === impl Figures ===
-
-impl Figures {
-    /// Takes in what was measured of the model of `current`; figures of other models are too late.
-    pub(crate) fn note(&mut self, current: u32, client: String, evaluator: bool, data: MetricsData) -> bool {
-        if data.round != current {
-            return false;
-        }
-        if self.round != current {
-            *self = Self { round: current, ..Self::default() };
-        }
-        let of = if evaluator { &mut self.evaluators } else { &mut self.clients };
-        of.insert(client, data);
-        true
-    }
-
-    /// Which of these evaluators have not told this figure of the model of `round`.
-    pub(crate) fn missing<'a>(
-        &'a self,
-        round: u32,
-        evaluators: &'a BTreeSet<String>,
-        metric: &'a str,
-    ) -> impl Iterator<Item = &'a String> {
-        let told = move |name: &String| self.evaluators.get(name).is_some_and(|data| data.metrics.contains_key(metric));
-        evaluators.iter().filter(move |name| self.round != round || !told(name))
-    }
-
-    /// Each figure as the mean weighted by samples: of the evaluators where there are any, else of the clients.
-    pub(crate) fn means(&self) -> BTreeMap<String, f64> {
-        let mut means = means_of(&self.clients);
-        means.extend(means_of(&self.evaluators));
-        means
-    }
-
-    /// The figure that decides: an evaluator's, or that of at least `min` clients (one lucky client is not the job).
-    pub(crate) fn decisive(&self, metric: &str, min: u32) -> Option<f64> {
-        let reports =
-            |of: &BTreeMap<String, MetricsData>| of.values().filter(|d| d.metrics.contains_key(metric)).count();
-        if reports(&self.evaluators) == 0 && reports(&self.clients) < usize::try_from(min).unwrap_or(usize::MAX) {
-            return None;
-        }
-        self.means().get(metric).copied()
-    }
-}
-
-#[expect(clippy::cast_precision_loss, reason = "samples are weights of a mean")]
-fn means_of(reports: &BTreeMap<String, MetricsData>) -> BTreeMap<String, f64> {
-    let mut sums: BTreeMap<&str, (f64, f64)> = BTreeMap::new();
-    for data in reports.values() {
-        // An evaluator need not count its samples.
-        let weight = data.samples.max(1) as f64;
-        for (name, value) in data.metrics.iter().filter(|(_, value)| value.is_finite()) {
-            let sum = sums.entry(name).or_default();
-            *sum = (sum.0 + weight * value, sum.1 + weight);
-        }
-    }
-    sums.into_iter().map(|(name, (sum, weight))| (name.to_owned(), sum / weight)).collect()
 }

@@ -18,6 +18,9 @@ pub(crate) mod kind {
     pub(crate) const CHECKPOINT: &str = "CheckpointIntact";
 }
 
+/// Longest message of a condition, bytes: some quote what clients sent, and all of them are in every status.
+const MAX_MESSAGE: usize = 2048;
+
 /// Milliseconds since the Unix epoch as RFC 3339.
 fn rfc3339(now: i64) -> String {
     Timestamp::from_millisecond(now).unwrap_or(Timestamp::UNIX_EPOCH).to_string()
@@ -29,9 +32,13 @@ pub(crate) fn set_condition(
     kind: &str,
     value: bool,
     reason: &str,
-    message: String,
+    mut message: String,
     now: i64,
 ) -> bool {
+    if message.len() > MAX_MESSAGE {
+        message.truncate(message.floor_char_boundary(MAX_MESSAGE));
+        message.push_str(" [...]");
+    }
     let value = if value { "True" } else { "False" };
     let mut condition = JobCondition {
         kind: kind.to_owned(),
@@ -89,5 +96,13 @@ mod tests {
         assert!(set_condition(&mut status, "Ready", false, "Gone", "b".into(), 4_000));
         assert_eq!(status.conditions[0].last_transition_time, "1970-01-01T00:00:04Z");
         assert_eq!(status.conditions.len(), 1);
+    }
+
+    #[test]
+    fn messages_are_cut_between_characters() {
+        let mut status = FederatedJobStatus::default();
+        set_condition(&mut status, "Ready", false, "Failed", "a".to_owned() + &"ä".repeat(1 << 20), 1_000);
+        let message = &status.conditions[0].message;
+        assert!(message.ends_with("ä [...]") && message.len() <= MAX_MESSAGE + 6, "{}", message.len());
     }
 }

@@ -25,7 +25,7 @@ use self::{
     peer::{Heard, Peer},
 };
 use crate::{
-    checkpoint::{Sealed, Source},
+    checkpoint::{Finished, Sealed, Source},
     config::{Config, ConfigError},
     metrics::Metrics,
     plan::{Refusal, Shape},
@@ -58,6 +58,7 @@ enum Word {
     Gateway(u64, Heard<FromGateway>),
     Stored(usize, u32, Result<Model, StoreFailure>),
     FirstStored(usize, Result<(Model, Sealed), StoreFailure>),
+    EndStored(usize, Result<(), StoreFailure>),
 }
 
 struct Watch {
@@ -231,19 +232,27 @@ impl Watch {
                 }
             },
             Word::Agent(..) | Word::Gateway(..) => {}
+            Word::EndStored(index, result) => {
+                self.complain(index, "the job's end", result.as_ref().err());
+                self.tell(index, Event::EndStored(result)).await;
+            }
             Word::Stored(index, round, result) => {
+                self.complain(index, &format!("round {round}"), result.as_ref().err());
                 if let (Ok(_), Some(desk)) = (&result, &mut self.desks[index]) {
                     (desk.model, desk.done) = (None, None);
                 }
                 self.tell(index, Event::Stored(round, result)).await;
             }
             Word::FirstStored(index, result) => {
+                self.complain(index, "the first model", result.as_ref().err());
+                if let Some(desk) = &mut self.desks[index] {
+                    desk.first = None;
+                }
                 let result = result.map(|(model, sealed)| {
                     let shape = Shape::of(&sealed.manifest);
                     if let Some(desk) = &mut self.desks[index] {
                         desk.manifest = Some(Arc::new(sealed.manifest));
                         desk.model = Some((0, Arc::new(sealed.fd)));
-                        desk.first = None;
                     }
                     (model, shape)
                 });
@@ -318,7 +327,7 @@ impl Watch {
                     tracing::error!(chain, "first model without its descriptor");
                     return;
                 };
-                desk.first = Some(Arc::new(Source::new(fd, offset, length)));
+                desk.adopt(Source::new(fd, offset, length));
                 (chain, Event::FirstModel)
             }
         };
@@ -409,9 +418,13 @@ impl Watch {
             Action::Gateway(words) => self.tell_gateway(index, words).await,
             Action::Store { done, opened_at } => self.store(index, done, opened_at),
             Action::StoreFirst => self.store_first(index),
+            Action::StoreEnd { reason } => self.store_end(index, reason),
             Action::Save(saved) => self.save(index, Some(saved)).await,
             Action::Forget => self.save(index, None).await,
-            Action::Committed { .. } | Action::Unused { .. } | Action::Failed { .. } => self.log(index, &action),
+            Action::Committed { .. }
+            | Action::Unused { .. }
+            | Action::FiguresDropped { .. }
+            | Action::Failed { .. } => self.log(index, &action),
         }
     }
 
@@ -493,6 +506,35 @@ impl Watch {
         });
     }
 
+    fn store_end(&mut self, index: usize, reason: String) {
+        let finished = {
+            let jobs = lock(&self.jobs);
+            let job = jobs.iter().nth(index);
+            job.and_then(|job| Some(Finished::new(&job.document().spec, job.model.as_ref()?, reason)))
+        };
+        let (Some(finished), Some(desk)) = (finished, self.desks.get(index).and_then(Option::as_ref)) else {
+            let failure = StoreFailure::Storage("the job has no checkpoint".into());
+            drop(self.words.send(Word::EndStored(index, Err(failure))));
+            return;
+        };
+        let (checkpoint, words, runtime) = (desk.checkpoint.clone(), self.words.clone(), Handle::current());
+        self.stores.spawn(async move {
+            let write = move || runtime.block_on(checkpoint.write_finished(&finished));
+            let stored = tokio::task::spawn_blocking(write).await;
+            let result = stored.unwrap_or_else(|error| Err(StoreFailure::Storage(error.to_string())));
+            drop(words.send(Word::EndStored(index, result)));
+        });
+    }
+
+    /// One line per attempt that failed.
+    fn complain(&self, index: usize, what: &str, failure: Option<&StoreFailure>) {
+        let Some(StoreFailure::Storage(error) | StoreFailure::Rejected(error)) = failure else { return };
+        let jobs = lock(&self.jobs);
+        let Some(document) = jobs.iter().nth(index).map(JobState::document) else { return };
+        let (namespace, job) = (document.namespace(), document.name());
+        tracing::warn!(namespace, job, error, "{what} is not in the checkpoint");
+    }
+
     async fn save(&self, index: usize, saved: Option<SavedRound>) {
         let Some(key) = lock(&self.jobs).iter().nth(index).map(deposit_key) else { return };
         let result = match saved {
@@ -517,6 +559,15 @@ impl Watch {
             Action::Unused { round } => {
                 tracing::info!(namespace, job, round, "round closed unused");
                 self.metrics.ended(namespace, job, "unused");
+            }
+            Action::FiguresDropped { client, dropped } => {
+                tracing::warn!(
+                    namespace,
+                    job,
+                    ?client,
+                    dropped,
+                    "figures are left out: not finite, name too long, or too many names (said once)"
+                );
             }
             Action::Failed { round, reason } => {
                 tracing::error!(namespace, job, round, reason, "job failed");

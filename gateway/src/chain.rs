@@ -24,14 +24,16 @@ use tokio::{
 use crate::{clients::Clients, layout::Measure, token::Key};
 
 mod data;
+mod first;
 mod model;
 mod round;
 mod slots;
 mod task;
 
 pub(crate) use data::Ignored;
+pub(crate) use first::{FirstModel, first_key};
 pub(crate) use model::{Gone, Served};
-pub(crate) use round::{Claim, Verdict, check_name};
+pub(crate) use round::{Claim, Known, Verdict, check_name};
 pub(crate) use slots::{Slot, grow, reserve, segment_key};
 
 /// One job. Shared by all who serve it.
@@ -125,6 +127,10 @@ pub(crate) struct Inner {
     pub(crate) uploading: HashMap<String, String>,
     /// Clients whose update is in the current round.
     pub(crate) reported: HashSet<String>,
+    /// (client, id) of what a journal promises and the ledger may not have: it was lost with an earlier machine.
+    pub(crate) journalled: HashMap<(String, String), Known>,
+    /// What the journal has of the open round is being admitted again.
+    pub(crate) readmitting: bool,
     /// Admitted, but every leaf has as much outstanding as it may.
     pub(crate) waiting: VecDeque<ObjectKey>,
     /// Updates sent and not yet contained, by role.
@@ -133,6 +139,7 @@ pub(crate) struct Inner {
     pub(crate) last_leaf: usize,
     pub(crate) close_sent: bool,
     pub(crate) served: Option<Arc<Served>>,
+    pub(crate) first: Option<FirstModel>,
     pub(crate) credits: u32,
     pub(crate) totals: Totals,
     /// Effects for the caller: slots that came back, own segments to be dropped.
@@ -213,11 +220,14 @@ impl Inner {
             clients: Clients::default(),
             uploading: HashMap::new(),
             reported: HashSet::new(),
+            journalled: HashMap::new(),
+            readmitting: false,
             waiting: VecDeque::new(),
             outstanding: HashMap::new(),
             last_leaf: 0,
             close_sent: false,
             served: None,
+            first: None,
             credits,
             totals: Totals::default(),
             freed: 0,

@@ -28,6 +28,8 @@ pub struct Config {
     pub model_grace_ms: u64,
     /// Clients known per job at most.
     pub max_clients: usize,
+    /// Bodies of control events held in memory at a time, bytes; a quarter of it is all that strangers may have.
+    pub control_bytes: usize,
     /// Drain waits so long for requests under way.
     pub drain_ms: u64,
     /// Folder of the journals of jobs with `ackLevel: Disk`; without one such jobs are refused their updates.
@@ -47,6 +49,7 @@ impl Default for Config {
             credits: 256,
             model_grace_ms: 10_000,
             max_clients: 100_000,
+            control_bytes: 64 << 20,
             drain_ms: 20_000,
             journal_dir: None,
         }

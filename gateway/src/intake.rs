@@ -1,8 +1,14 @@
 //! An upload on its way into its slot: header, then tensors, frame by frame. Pure: knows neither sockets nor stores.
 
+use std::collections::HashSet;
+
 use bytes::{Buf as _, Bytes};
 use lifl_api::manifest::{Manifest, ManifestError};
 use lifl_fold::{copy_finite, first_non_finite};
+use serde::{
+    Deserializer as _,
+    de::{IgnoredAny, MapAccess, Visitor},
+};
 use sha2::{Digest as _, Sha256};
 
 use crate::layout::{Layout, Piece};
@@ -60,7 +66,9 @@ impl HeaderReader {
                 return Ok(None);
             }
             if want > 8 || self.bytes == [0; 8] {
-                return Manifest::parse(&self.bytes).map(Some);
+                let manifest = Manifest::parse(&self.bytes)?;
+                names_once(&self.bytes[8..]).map_err(|error| ManifestError::Unreadable(error.to_string()))?;
+                return Ok(Some(manifest));
             }
         }
     }
@@ -69,6 +77,31 @@ impl HeaderReader {
     pub(crate) fn bytes(&self) -> &[u8] {
         &self.bytes
     }
+}
+
+/// What a header names twice is two tensors to one reader and one to another.
+fn names_once(json: &[u8]) -> serde_json::Result<()> {
+    struct Names;
+
+    impl<'de> Visitor<'de> for Names {
+        type Value = ();
+
+        fn expecting(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+            f.write_str("tensors by name")
+        }
+
+        fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<(), A::Error> {
+            let mut seen = HashSet::new();
+            while let Some((name, IgnoredAny)) = map.next_entry::<String, _>()? {
+                if let Some(twice) = seen.replace(name) {
+                    return Err(serde::de::Error::custom(format!("'{twice}' is named twice")));
+                }
+            }
+            Ok(())
+        }
+    }
+
+    serde_json::Deserializer::from_slice(json).deserialize_map(Names)
 }
 
 // === impl Scatter ===
@@ -133,6 +166,11 @@ fn copy(target: &mut [u8], at: usize, bytes: &[u8], dtype: lifl_fold::Dtype) -> 
 impl Digester {
     pub(crate) fn new(sha256: bool) -> Self {
         if sha256 { Self::Sha(Box::default()) } else { Self::Crc(0) }
+    }
+
+    /// One of the kind that made `digest`.
+    pub(crate) fn like(digest: &[u8; 32]) -> Self {
+        Self::new(!digest.starts_with(CRC_MARK))
     }
 
     pub(crate) fn push(&mut self, bytes: &[u8]) {
@@ -341,6 +379,15 @@ mod tests {
         assert!(read(&((1_u64 << 20) + 1).to_le_bytes()).is_err());
         assert_eq!(read(&[5, 0, 0]).unwrap(), None);
         assert!(read(b"\x02\0\0\0\0\0\0\0{}").is_err());
+        let tensor = r#"{"dtype":"F32","shape":[1],"data_offsets":[0,4]}"#;
+        for (second, twice) in [("b", false), ("a", true), ("\\u0061", true)] {
+            let json = format!(r#"{{"a":{tensor},"{second}":{}}}"#, tensor.replace("[0,4]", "[4,8]"));
+            let last = format!(r#"{{"a":{{"dtype":"F32","shape":[9],"data_offsets":[9,9]}},"{second}":{tensor}}}"#);
+            let header = |json: &str| [&(json.len() as u64).to_le_bytes()[..], json.as_bytes()].concat();
+            assert_eq!(read(&header(&json)).is_err(), twice, "{json}");
+            // As long as the last one alone would do, nothing else refuses it.
+            assert!(read(&header(&last)).is_err(), "{last}");
+        }
     }
 
     #[test]

@@ -19,7 +19,7 @@ use lifl_shm::{Element, ObjectKind, ObjectMeta, Run};
 use serde::{Deserialize, Serialize};
 
 use crate::{
-    chain::{Chain, Claim, Slot, reserve},
+    chain::{Chain, Claim, Known, Slot, reserve},
     problem::{Code, Refusal},
     state::Gateway,
 };
@@ -136,16 +136,47 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// Admits again what the journal has of a round and the ledger has not.
-pub(crate) async fn readmit(gateway: &Arc<Gateway>, chain: &Arc<Chain>, round: u32) {
+/// Notes what the journal promises, for a ledger that has seen no round: another one lost it with the machine.
+pub(crate) async fn recall(gateway: &Arc<Gateway>, chain: &Arc<Chain>) {
+    if chain.lock().ledger.round().goal != 0 {
+        return;
+    }
     let Ok(Some(journal)) = gateway.journals.of(chain).await else { return };
-    let found = std::mem::take(&mut lock(&journal).found);
+    let known = |Entry { record, .. }: &Entry| {
+        let known = Known { round: record.round, weight: record.weight, digest: record.digest };
+        ((record.client.clone(), record.id.clone()), known)
+    };
+    let journalled: HashMap<_, _> = lock(&journal).found.iter().map(known).collect();
+    if !journalled.is_empty() {
+        tracing::info!(chain = chain.id, job = chain.job, updates = journalled.len(), "journal of an earlier life");
+        chain.lock().journalled = journalled;
+    }
+}
+
+/// Admits again what the journal has of a round and the ledger has not: its client was told, or may be any moment.
+pub(crate) async fn readmit(gateway: &Arc<Gateway>, chain: &Arc<Chain>, round: u32) {
+    if let Ok(Some(journal)) = gateway.journals.of(chain).await {
+        readmit_from(gateway, chain, round, &journal).await;
+    }
+    chain.lock().readmitting = false;
+}
+
+async fn readmit_from(gateway: &Arc<Gateway>, chain: &Arc<Chain>, round: u32, journal: &Arc<Mutex<Journal>>) {
+    if !chain.lock().ledger.round().open {
+        return;
+    }
+    let found = std::mem::take(&mut lock(journal).found);
     for entry in found.into_iter().filter(|entry| entry.record.round == round) {
         let (client, id) = (entry.record.client.clone(), entry.record.id.clone());
         if chain.lock().ledger.find(&client, &id).is_some() {
             continue;
         }
-        if let Err(refusal) = again(gateway, chain, &journal, entry).await {
+        if let Err(refusal) = again(gateway, chain, journal, entry).await {
+            {
+                let mut inner = chain.lock();
+                inner.journalled.remove(&(client.clone(), id.clone()));
+                inner.reported.remove(&client);
+            }
             tracing::error!(chain = chain.id, client, id, detail = refusal.detail, "journalled update is not admitted");
         }
     }
@@ -176,6 +207,7 @@ async fn again(
     let (claim, meta) = record.restore().ok_or_else(|| failed(&"a record of another layout"))?;
     let sealed = slot.seal(&meta).map_err(|e| failed(&e))?;
     let admission = gateway.with(chain, |inner, out| inner.admit(&claim, &sealed, record.digest, out))?;
+    gateway.tell_progress(chain);
     if let Some(admitted) = admission.closed {
         crate::watch::worker::closed(gateway, chain, claim.round, admitted);
     }
@@ -185,6 +217,7 @@ async fn again(
 /// Forgets the records of a committed round: no later one has any yet.
 pub(crate) async fn retire(gateway: &Arc<Gateway>, chain: &Arc<Chain>, round: u32) {
     let Ok(Some(journal)) = gateway.journals.of(chain).await else { return };
+    chain.lock().journalled.clear();
     let shortened = tokio::task::spawn_blocking(move || {
         let mut journal = lock(&journal);
         journal.file.set_len(0)?;

@@ -14,7 +14,7 @@
 //! | `serve` | the public port: routes, uploads, polls, models |
 //! | `chain` | one job: round, slots, containment, the model that is served |
 //! | `watch` | the edges to agent, coordinator and aggregators; what survives this process |
-//! | `layout`, `intake`, `pace`, `token`, `clients` | pure parts of an upload |
+//! | `layout`, `intake`, `pace`, `budget`, `token`, `clients` | pure parts of an upload |
 //! | `problem` | the one table of refusals |
 //! | [`ingress`] | requests to Knative's services |
 //!
@@ -22,6 +22,7 @@
 //! supervisor before anyone can see their effect, and whatever is read from aggregators is read again.
 #![forbid(unsafe_code)]
 
+mod budget;
 mod chain;
 mod clients;
 mod config;

@@ -32,6 +32,7 @@ pub(crate) enum Code {
     NotFinite,
     BadWeight,
     BadDigest,
+    BadMetrics,
     OnePerRound,
     ClientBusy,
     OutOfMemory,
@@ -41,6 +42,7 @@ pub(crate) enum Code {
     JournalFailed,
     Starting,
     ModelAdopted,
+    Busy,
 }
 
 /// A refusal: code and one line for people.
@@ -80,6 +82,7 @@ impl Code {
             Self::NotFinite => ("not_finite", StatusCode::UNPROCESSABLE_ENTITY, None),
             Self::BadWeight => ("bad_weight", StatusCode::UNPROCESSABLE_ENTITY, None),
             Self::BadDigest => ("bad_digest", StatusCode::UNPROCESSABLE_ENTITY, None),
+            Self::BadMetrics => ("bad_metrics", StatusCode::UNPROCESSABLE_ENTITY, None),
             Self::OnePerRound => ("one_per_round", StatusCode::UNPROCESSABLE_ENTITY, None),
             Self::ClientBusy => ("client_busy", StatusCode::TOO_MANY_REQUESTS, Some(1)),
             Self::OutOfMemory => ("out_of_memory", StatusCode::TOO_MANY_REQUESTS, Some(1)),
@@ -89,6 +92,7 @@ impl Code {
             Self::JournalFailed => ("journal_failed", StatusCode::SERVICE_UNAVAILABLE, Some(10)),
             Self::Starting => ("starting", StatusCode::SERVICE_UNAVAILABLE, Some(1)),
             Self::ModelAdopted => ("model_adopted", StatusCode::SERVICE_UNAVAILABLE, Some(1)),
+            Self::Busy => ("busy", StatusCode::SERVICE_UNAVAILABLE, Some(1)),
         }
     }
 

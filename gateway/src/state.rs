@@ -3,7 +3,7 @@
 use std::{
     collections::{BTreeMap, HashMap},
     os::fd::OwnedFd,
-    sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock},
+    sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, atomic::Ordering},
 };
 
 use lifl_api::{node::FromGateway, pod::PodAsk};
@@ -14,6 +14,7 @@ use serde_json::{Value, json};
 use tokio::sync::{mpsc, watch};
 
 use crate::{
+    budget::Budget,
     chain::{Chain, Gone, Inner},
     config::Config,
     journal::Journals,
@@ -32,6 +33,9 @@ pub(crate) struct Gateway {
     pub(crate) outbox: Outbox,
     pub(crate) pods: Pods,
     pub(crate) journals: Journals,
+    /// Bodies of control events: of those who showed that they belong here, and of others.
+    pub(crate) members: Budget,
+    pub(crate) strangers: Budget,
     pub(crate) coordinator: mpsc::UnboundedSender<Word>,
     pub(crate) gone: mpsc::UnboundedSender<Gone>,
     pub(crate) draining: watch::Sender<bool>,
@@ -55,6 +59,8 @@ pub(crate) enum Word {
     Say(FromGateway, Option<OwnedFd>),
     /// How far the chain's round is, as of when the word is sent.
     Progress(u32),
+    /// The chain's first model, unless this coordinator was told of it.
+    First(u32),
 }
 
 #[derive(Debug, Default)]
@@ -84,6 +90,8 @@ impl Gateway {
         let limits = Limits { connections: config.max_connections, ..Limits::default() };
         let gateway = Arc::new(Self {
             journals: Journals::new(config.journal_dir.clone()),
+            members: Budget::new(config.control_bytes - config.control_bytes / 4),
+            strangers: Budget::new(config.control_bytes / 4),
             config,
             child,
             metrics,
@@ -119,6 +127,13 @@ impl Gateway {
     /// Says something to the coordinator.
     pub(crate) fn tell(&self, word: FromGateway) {
         let _the_process_ends = self.coordinator.send(Word::Say(word, None));
+    }
+
+    /// Has the coordinator told how far the round is. One word speaks for all admissions until it is sent.
+    pub(crate) fn tell_progress(&self, chain: &Chain) {
+        if !chain.progress.swap(true, Ordering::AcqRel) {
+            let _the_process_ends = self.coordinator.send(Word::Progress(chain.id));
+        }
     }
 
     pub(crate) fn chain(&self, id: u32) -> Option<Arc<Chain>> {

@@ -121,7 +121,7 @@ pub struct DemoArgs {
     #[arg(long, default_value_t = 2)]
     pub seed: u64,
     /// Rounds at most.
-    #[arg(long, default_value_t = 40)]
+    #[arg(long, default_value_t = 40, value_parser = clap::value_parser!(u32).range(1..))]
     pub rounds: u32,
     /// Draw accuracy by round as SVG.
     #[arg(long, value_name = "FILE.svg")]

@@ -239,7 +239,12 @@ fn specs(config: &PlatformConfig, listener: OwnedFd) -> io::Result<Vec<ChildSpec
 /// The gateway's own folder for journals.
 fn journal_dir(config: &PlatformConfig, root: bool) -> io::Result<PathBuf> {
     let dir = std::path::absolute(config.state_dir.join("journal"))?;
-    let told = |source: io::Error| io::Error::new(source.kind(), format!("journal folder {}: {source}", dir.display()));
+    let told = |source: io::Error| {
+        io::Error::new(
+            source.kind(),
+            format!("journal folder {}: {source} (choose another place with --state-dir)", dir.display()),
+        )
+    };
     fs::create_dir_all(&dir).map_err(told)?;
     if root {
         std::os::unix::fs::chown(&dir, Some(GATEWAY_UID), Some(GATEWAY_UID)).map_err(told)?;

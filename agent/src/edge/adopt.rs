@@ -83,6 +83,7 @@ impl Agent {
         child: Arc<Child>,
         startup: Startup,
         events: mpsc::UnboundedSender<Event>,
+        cgroups: Cgroups,
     ) -> Result<Self, AgentError> {
         let config: Config = serde_json::from_value(startup.config)?;
         let mut kept = Kept::sort(startup.restored);
@@ -113,11 +114,10 @@ impl Agent {
         failpoint("agent.registered");
         let folder = config.netns.clone();
         let pods = Pods::adopt(child.clone(), folder, std::mem::take(&mut kept.pods)).await?;
-        let supervisor = rustix::process::getppid().map_or(0, |pid| pid.as_raw_nonzero().get());
         let mut agent = Self {
             failpoint: config.function_failpoint.clone().filter(|_| startup.first),
             state: Arc::new(Mutex::new(State::new(config.shm_limit))),
-            cgroups: Cgroups::new(&format!("lifl.{supervisor}")),
+            cgroups,
             child,
             config,
             path: Arc::new(path),

@@ -3,7 +3,10 @@
 use std::{
     fs::File,
     io::{self, Write as _},
-    os::{fd::OwnedFd, unix::fs::FileExt as _},
+    os::{
+        fd::OwnedFd,
+        unix::fs::{FileExt as _, FileTypeExt as _},
+    },
     path::Path,
 };
 
@@ -11,7 +14,7 @@ use lifl_api::{
     job::FloatDtype,
     manifest::{Manifest, float},
 };
-use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, memfd_create};
+use rustix::fs::{MemfdFlags, Mode, OFlags, SealFlags, fcntl_add_seals, memfd_create};
 use sha2::{Digest as _, Sha256};
 
 use super::CheckpointError;
@@ -66,9 +69,23 @@ pub(super) fn hex(bytes: &[u8]) -> String {
 /// [`CheckpointError`] naming the file and why it is no model.
 pub fn initial(path: &Path) -> Result<Sealed, CheckpointError> {
     let io = |source| CheckpointError::Io { path: path.to_owned(), source };
-    let file = File::open(path).map_err(io)?;
-    let length = file.metadata().map_err(io)?.len();
+    let model = |why| CheckpointError::Model { path: path.to_owned(), why };
+    // A FIFO without a writer would block an ordinary open for ever.
+    let flags = OFlags::RDONLY | OFlags::CLOEXEC | OFlags::NONBLOCK;
+    let file = File::from(rustix::fs::open(path, flags, Mode::empty()).map_err(|e| io(e.into()))?);
+    let metadata = file.metadata().map_err(io)?;
+    if !metadata.is_file() {
+        let kind = match metadata.file_type() {
+            kind if kind.is_dir() => "a directory",
+            kind if kind.is_fifo() => "a FIFO",
+            _ => "a device",
+        };
+        return Err(model(format!("is {kind}; a model is a safetensors file")));
+    }
+    let length = metadata.len();
     let source = Source { file, offset: 0, length };
+    // Before anything is copied: a file that is no model may be larger than the memory.
+    source.manifest().map_err(model)?;
     let mut memfd = Memfd::new("lifl-model").map_err(io)?;
     let mut at = 0;
     while at < length {
@@ -76,7 +93,6 @@ pub fn initial(path: &Path) -> Result<Sealed, CheckpointError> {
         memfd.write(&chunk).map_err(io)?;
         at += chunk.len() as u64;
     }
-    let model = |why| CheckpointError::Model { path: path.to_owned(), why };
     let sealed = memfd.seal().map_err(model)?;
     // The sealed copy is inspected, not the file: that one may change under our eyes.
     let source = Source { file: sealed.fd.try_clone().map_err(io)?.into(), offset: 0, length };

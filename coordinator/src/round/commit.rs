@@ -7,7 +7,7 @@ use super::{
 };
 use crate::{
     plan::Shape,
-    state::{Done, JobState, Model, Phase, RoundSummary},
+    state::{Done, Ending, JobState, Model, Phase, RoundSummary},
     status::kind,
 };
 
@@ -45,15 +45,50 @@ fn store(job: &mut JobState, out: &mut Vec<Action>) {
     }
 }
 
+/// Has the end by the stop condition stored: it is told when a later life of the coordinator will know it too.
+pub(super) fn end(job: &mut JobState, message: String, out: &mut Vec<Action>) {
+    job.phase = Phase::Committing;
+    out.push(Action::StoreEnd { reason: message.clone() });
+    job.ending = Some(Ending { message, failures: 0, retry_at: None });
+}
+
+/// ## Committing => Succeeded
+pub(super) fn end_stored(job: &mut JobState, result: Result<(), StoreFailure>, now: i64, out: &mut Vec<Action>) {
+    let (Phase::Committing, Some(mut ending)) = (job.phase, job.ending.take()) else {
+        return;
+    };
+    match result {
+        Ok(()) => {
+            succeed(job, "StopConditionMet", ending.message, now, out);
+        }
+        Err(StoreFailure::Storage(error) | StoreFailure::Rejected(error)) => {
+            let wait = backoff(ending.failures);
+            ending.failures += 1;
+            ending.retry_at = Some(now + wait);
+            let message = format!(
+                "{}; that the job has ended cannot be stored, next attempt in {wait} ms: {error}",
+                ending.message
+            );
+            job.condition(kind::PROGRESSING, false, "CheckpointFailed", message, now);
+            job.ending = Some(ending);
+        }
+    }
+}
+
 /// ## Committing => Committing, again after a failure
 pub(super) fn committing(job: &mut JobState, now: i64, out: &mut Vec<Action>) -> bool {
+    if let Some(ending) = &mut job.ending
+        && ending.retry_at.take_if(|at| now >= *at).is_some()
+    {
+        out.push(Action::StoreEnd { reason: ending.message.clone() });
+    }
     if job.round.as_ref().and_then(|round| round.retry_at).is_some_and(|at| now >= at) {
         store(job, out);
     }
     false
 }
 
-/// ## Committing => Gathering | Closing | Succeeded | Failed
+/// ## Committing => Gathering | Closing | Committing (the end) | Succeeded | Failed
 pub(super) fn stored(
     job: &mut JobState,
     number: u32,
@@ -121,7 +156,7 @@ fn committed(job: &mut JobState, model: Model, now: i64, out: &mut Vec<Action>) 
     if job.committed >= job.document.spec.rounds {
         finish_rounds(job, now, out);
     } else if let Some(message) = job.finishing.clone() {
-        succeed(job, "StopConditionMet", message, now, out);
+        end(job, message, out);
     } else {
         gather(job, now);
     }
@@ -134,6 +169,7 @@ pub(super) fn first_stored(
     now: i64,
     out: &mut Vec<Action>,
 ) {
+    job.adopting = false;
     if job.model.is_some() || matches!(job.phase, Phase::Succeeded | Phase::Failed) {
         return;
     }

@@ -1,9 +1,10 @@
 //! What others say, and what each of them is told when it is new.
 
-use lifl_api::node::ToGateway;
+use lifl_api::{event::MetricsData, node::ToGateway};
 
 use super::{ATTEMPTS, Action, Event, backoff, commit, end_members, fail, plan_it, send_chain, send_plan, under_way};
 use crate::{
+    figures::Noted,
     state::{JobState, Phase, PlanState, Round},
     status::kind,
 };
@@ -35,7 +36,7 @@ pub(super) fn note(job: &mut JobState, event: Event, now: i64, out: &mut Vec<Act
             job.clients.alive_at = Some(now);
             under_way::replace(job, out);
         }
-        Event::Metrics { client, evaluator, data } => measured(job, client, evaluator, data),
+        Event::Metrics { client, evaluator, data } => measured(job, client, evaluator, data, out),
         Event::Progress { round, admitted } => {
             if let Some(under_way) = of(job, round) {
                 under_way.admitted = under_way.admitted.max(admitted);
@@ -48,11 +49,15 @@ pub(super) fn note(job: &mut JobState, event: Event, now: i64, out: &mut Vec<Act
         }
         Event::RoundDone(done) => commit::round_done(job, done, out),
         Event::FirstModel => {
-            if job.model.is_none() && job.document.spec.model.initial.from_first_client {
+            // Several clients may bring one: the first is the model, the others are told to send again anyway.
+            let over = matches!(job.phase, Phase::Succeeded | Phase::Failed);
+            let wanted = job.model.is_none() && job.document.spec.model.initial.from_first_client && !over;
+            if wanted && !std::mem::replace(&mut job.adopting, true) {
                 out.push(Action::StoreFirst);
             }
         }
         Event::FirstStored(result) => commit::first_stored(job, result, now, out),
+        Event::EndStored(result) => commit::end_stored(job, result, now, out),
         Event::Stored(round, result) => commit::stored(job, round, result, now, out),
         Event::Tick => {}
     }
@@ -126,7 +131,9 @@ pub(super) fn serve_model(job: &mut JobState, out: &mut Vec<Action>) {
         return;
     };
     let first = job.document.spec.model.initial.from_first_client && job.committed == 0;
-    if job.phase == Phase::Pending || (first && job.plan.state != PlanState::Done) {
+    // Without a plan there may be no memory for it: the gateway would wait for a slot and not hear that the job has failed.
+    let unplanned = job.phase == Phase::Failed && job.plan.plan.is_none();
+    if unplanned || job.phase == Phase::Pending || (first && job.plan.state != PlanState::Done) {
         return;
     }
     let (round, length, sha256) = (model.round, model.length, model.sha256.clone());
@@ -183,15 +190,25 @@ fn joined(job: &mut JobState, client: String, evaluator: bool, now: i64, out: &m
     under_way::replace(job, out);
 }
 
-fn measured(job: &mut JobState, client: String, evaluator: bool, data: lifl_api::event::MetricsData) {
+fn measured(job: &mut JobState, client: String, evaluator: bool, data: MetricsData, out: &mut Vec<Action>) {
+    // Before the first model there is nothing to measure.
+    if job.model.is_none() {
+        return;
+    }
     let round = job.committed;
+    // The gateway knows its token: it has joined, perhaps in an earlier life of the coordinator.
+    job.clients.registered.insert(client.clone());
     if evaluator {
         job.clients.evaluators.insert(client.clone());
     }
-    if !job.figures.note(round, client, evaluator, data) {
-        return;
+    let decisive = job.document.spec.stop.as_ref().map(|stop| stop.metric.as_str());
+    let dropped = match job.figures.note(round, client.clone(), evaluator, data, decisive) {
+        Noted::Late => return,
+        Noted::Counts { dropped } => dropped,
+    };
+    if dropped > 0 && !std::mem::replace(&mut job.figures_dropped, true) {
+        out.push(Action::FiguresDropped { client, dropped });
     }
-    let means = job.figures.means();
     if let Some(stop) = &job.document.spec.stop
         && job.finishing.is_none()
         && let Some(value) = job.figures.decisive(&stop.metric, job.document.spec.min_clients())
@@ -199,9 +216,13 @@ fn measured(job: &mut JobState, client: String, evaluator: bool, data: lifl_api:
     {
         let reached = format!("{} {value} of the model of round {round} reached {}", stop.metric, stop.at_least);
         job.finishing = Some(reached);
+        // A successor that finds the round committed must not train another one.
+        out.extend(under_way::save(job));
     }
-    job.document.status.get_or_insert_default().metrics = means;
-    job.dirty = true;
+    let means = job.figures.means();
+    let status = job.document.status.get_or_insert_default();
+    job.dirty |= status.metrics != means;
+    status.metrics = means;
 }
 
 /// Plans for the first client's tensors.

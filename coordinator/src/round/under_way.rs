@@ -5,7 +5,7 @@ use lifl_api::{
     node::{ChainState, ToGateway, Tree},
 };
 
-use super::{Action, PATIENCE, choose, commit, is_fresh, restart_members, succeed, wanted};
+use super::{Action, PATIENCE, choose, commit, is_fresh, restart_members, wanted};
 use crate::{
     plan,
     state::{JobState, Phase, Round, SavedRound},
@@ -25,7 +25,8 @@ pub(super) fn ask(job: &mut JobState, now: i64, out: &mut Vec<Action>) {
     }
 }
 
-fn save(job: &JobState) -> Option<Action> {
+/// Has the supervisor keep the round under way.
+pub(super) fn save(job: &JobState) -> Option<Action> {
     let round = job.round.as_ref()?;
     Some(Action::Save(SavedRound {
         number: round.number,
@@ -221,7 +222,7 @@ pub(super) fn compare(job: &mut JobState, ledger: Option<&ChainState>, now: i64,
     }
 }
 
-/// ## Closing => Committing | Succeeded
+/// ## Closing => Committing
 pub(super) fn closing(job: &mut JobState, now: i64, out: &mut Vec<Action>) -> bool {
     let Some(round) = &mut job.round else {
         return false;
@@ -233,7 +234,9 @@ pub(super) fn closing(job: &mut JobState, now: i64, out: &mut Vec<Action>) -> bo
         out.push(Action::Unused { round: round.number });
         // Only a met stop condition closes an empty round; an earlier life of the coordinator may have known which.
         let message = job.finishing.clone().unwrap_or_else(|| "the stop condition was met before a restart".to_owned());
-        return succeed(job, "StopConditionMet", message, now, out);
+        job.round = None;
+        commit::end(job, message, out);
+        return true;
     }
     if job.gateway && job.agent && now >= round.watchdog {
         let waited = round.patience / 1000;

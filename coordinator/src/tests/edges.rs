@@ -290,3 +290,89 @@ async fn an_unreadable_model_fails_the_job_and_the_gateway_hears_why() {
     assert!(reason.contains("/nowhere/m.safetensors") && reason.contains("os error 2"), "{reason}");
     bench.run.abort();
 }
+
+/// What the gateway hears of a job that is over.
+async fn finish(bench: &Bench) -> (bool, String) {
+    bench
+        .until(|words, _| match words {
+            ToGateway::Finish { succeeded, reason, .. } => Some((succeeded, reason)),
+            _ => None,
+        })
+        .await
+}
+
+#[tokio::test]
+async fn an_end_by_the_stop_condition_outlives_everything() {
+    let folder = TempDir::new().unwrap();
+    let stop = "  stop: {metric: accuracy, atLeast: 0.9}\n";
+    let job = document(&folder, 9, stop);
+    let bench = Bench::new(&job, vec![], vec![]).await;
+    bench.plan().await;
+    bench.answer_alive().await;
+    bench.opened().await;
+    bench.done(1, &model(&[1.0; 64])).await;
+    bench.committed().await;
+    assert_eq!(bench.opened().await.0, 2);
+    let data = MetricsData { round: 1, samples: 0, metrics: [("accuracy".to_owned(), 0.93)].into() };
+    bench.say(FromGateway::Metrics { chain: 1, client: "judge".into(), evaluator: true, data }).await;
+    bench.until(|words, _| matches!(words, ToGateway::Close { round: 2, .. }).then_some(())).await;
+    bench.say(FromGateway::Closed { chain: 1, round: 2, admitted: 0 }).await;
+    let first = finish(&bench).await;
+    assert!(first.0 && first.1.contains("accuracy 0.93"), "{first:?}");
+    bench.run.abort();
+    // Nothing but the disk is left.
+    let bench = Bench::new(&job, vec![], vec![]).await;
+    assert_eq!(finish(&bench).await, first);
+    bench.run.abort();
+    // More rounds are wanted: it goes on.
+    let bench = Bench::new(&document(&folder, 10, stop), vec![], vec![]).await;
+    bench.plan().await;
+    bench.answer_alive().await;
+    assert_eq!(bench.opened().await.0, 2);
+    bench.run.abort();
+}
+
+#[tokio::test]
+async fn a_second_coordinator_of_a_folder_is_refused_and_touches_nothing() {
+    let folder = TempDir::new().unwrap();
+    let job = document(&folder, 2, "");
+    let first = Bench::new(&job, vec![], vec![]).await;
+    first.plan().await;
+    let second = Bench::new(&job, vec![], vec![]).await;
+    let (succeeded, reason) = finish(&second).await;
+    let place = folder.path().join("checkpoint").display().to_string();
+    assert!(!succeeded && reason.contains(&place) && reason.contains("is in use"), "{reason}");
+    first.answer_alive().await;
+    first.opened().await;
+    first.done(1, &model(&[1.0; 64])).await;
+    assert_eq!(first.committed().await.0, 1);
+    first.run.abort();
+    second.run.abort();
+}
+
+#[tokio::test]
+async fn of_several_first_models_one_is_stored() {
+    let folder = TempDir::new().unwrap();
+    let mut job = document(&folder, 2, "");
+    (job.spec.model.initial.uri, job.spec.model.initial.from_first_client) = (None, true);
+    let bench = Bench::new(&job, vec![], vec![]).await;
+    bench.answer_alive().await;
+    bench.opened().await;
+    let candidates: Vec<Vec<u8>> = (1..=8).map(|n| model(&vec![n as f32; 64 * n])).collect();
+    for bytes in &candidates {
+        let fd = segment(0, bytes);
+        let word = FromGateway::FirstModel { chain: 1, offset: 0, length: bytes.len() as u64 };
+        bench.gateway.send(&word, &[fd.as_fd()]).await.unwrap();
+    }
+    bench.plan().await;
+    let bytes = bench
+        .until(|words, fds| match words {
+            ToGateway::Model { round: 0, length, .. } => Some(read(fds.into_iter().next()?, length)),
+            ToGateway::Finish { reason, .. } => panic!("{reason}"),
+            _ => None,
+        })
+        .await;
+    assert_eq!(bytes, candidates[0]);
+    assert_eq!(fs::read(folder.path().join("checkpoint/rounds/000000/model.safetensors")).unwrap(), candidates[0]);
+    bench.run.abort();
+}

@@ -71,7 +71,11 @@ struct World {
     from_agent: VecDeque<Event>,
     /// Stores begun by the living coordinator.
     stores: VecDeque<Done>,
+    /// An end being stored by the living coordinator.
+    end: Option<String>,
     disk: BTreeMap<u32, BTreeSet<String>>,
+    /// The end on disk: last committed round, reason.
+    ended: Option<(u32, String)>,
     deposit: Option<SavedRound>,
     alive: BTreeSet<String>,
     everyone: Vec<String>,
@@ -106,7 +110,9 @@ impl World {
             to_agent: VecDeque::new(),
             from_agent: VecDeque::new(),
             stores: VecDeque::new(),
+            end: None,
             disk: BTreeMap::new(),
+            ended: None,
             deposit: None,
             alive: BTreeSet::new(),
             everyone,
@@ -143,6 +149,7 @@ impl World {
             model: Some((self.model(committed), SHAPE)),
             history: self.disk.keys().map(summary).collect(),
             saved: self.deposit.clone(),
+            ended: self.ended.clone().filter(|(round, _)| *round == committed).map(|(_, reason)| reason),
             ..Loaded::default()
         };
         self.jobs = Jobs::new(vec![JobState::new("j".into(), self.document.clone(), None, 2000, loaded, self.now)]);
@@ -175,6 +182,15 @@ impl World {
             self.write(&done);
         }
         self.stores.clear();
+        if let Some(reason) = self.end.take()
+            && self.rng.chance(50)
+        {
+            self.write_end(reason);
+        }
+    }
+
+    fn write_end(&mut self, reason: String) {
+        self.ended = Some((self.disk.keys().max().copied().unwrap_or(0), reason));
     }
 
     fn connect_agent(&mut self) {
@@ -351,6 +367,15 @@ impl World {
     }
 
     fn store(&mut self) {
+        if let Some(reason) = self.end.take() {
+            let result = if self.faults && self.rng.chance(30) {
+                Err(StoreFailure::Storage("no space left on device".into()))
+            } else {
+                self.write_end(reason);
+                Ok(())
+            };
+            return self.decide(Event::EndStored(result));
+        }
         let Some(done) = self.stores.pop_front() else { return };
         let round = done.round;
         let result = if self.faults && self.rng.chance(15) {
@@ -378,6 +403,7 @@ impl World {
                 Action::Gateway(words) if self.gateway.up => self.to_gateway.push_back(words),
                 Action::Agent(order) if self.agent => self.to_agent.push_back(order),
                 Action::Store { done, .. } => self.stores.push_back(done),
+                Action::StoreEnd { reason } => assert_eq!(self.end.replace(reason), None, "two ends at once"),
                 Action::Save(saved) => self.deposit = Some(saved),
                 Action::Forget => self.deposit = None,
                 Action::Committed { round, .. } => {
@@ -387,7 +413,7 @@ impl World {
                 _ => {}
             }
         }
-        assert!(self.stores.len() <= 1, "two stores at once");
+        assert!(self.stores.len() + usize::from(self.end.is_some()) <= 1, "two stores at once");
     }
 
     fn tick(&mut self) {
@@ -462,6 +488,25 @@ impl World {
     }
 }
 
+impl World {
+    /// Everything dies but the disk: the job is over as before, and nothing more is trained.
+    fn comes_back_as_it_ended(&mut self) {
+        let reason = |job: &JobState| {
+            let conditions = &job.document().status.as_ref().unwrap().conditions;
+            conditions.iter().find(|c| c.kind == "Succeeded").unwrap().message.clone()
+        };
+        let (before, rounds) = (reason(self.job()), self.disk.len());
+        (self.deposit, self.agent, self.gateway) = (None, false, Gateway::default());
+        self.kill_coordinator();
+        self.revive();
+        for _ in 0..200 {
+            self.deliver();
+        }
+        assert_eq!((self.job().phase(), self.disk.len()), (Phase::Succeeded, rounds), "{:?}", self.job());
+        assert_eq!(reason(self.job()), before);
+    }
+}
+
 /// Runs one world; returns how many rounds it committed.
 fn run(seed: u64) -> u32 {
     let mut world = World::new(seed);
@@ -493,6 +538,8 @@ fn run(seed: u64) -> u32 {
     let last = world.disk.keys().max().copied().unwrap_or(0);
     let stopped = world.stops_at.is_some_and(|at| last >= at);
     assert!(last == rounds || stopped, "seed {seed}: {last} of {rounds}");
+    assert_eq!(last < rounds, world.ended.as_ref().is_some_and(|(round, _)| *round == last), "seed {seed}");
+    world.comes_back_as_it_ended();
     for (round, ids) in &world.acknowledged {
         assert_eq!(world.disk.get(round), Some(ids), "seed {seed}: acknowledged updates of round {round} are lost");
     }

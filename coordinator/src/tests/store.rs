@@ -8,13 +8,14 @@ use std::{
 };
 
 use lifl_api::manifest::Manifest;
+use rustix::fs::{FileType, Mode};
 use tempfile::TempDir;
 
 use super::{model, receipt, segment};
 use crate::{
-    checkpoint::{Checkpoint, CheckpointError, Source, initial, path_of},
+    checkpoint::{Checkpoint, CheckpointError, Finished, Source, initial, path_of},
     round::StoreFailure,
-    state::Done,
+    state::{Done, Model},
 };
 
 fn open(folder: &TempDir) -> Checkpoint {
@@ -233,6 +234,98 @@ fn initial_models_are_read_or_refused_by_name() {
     }
     let error = initial(&folder.path().join("absent")).unwrap_err().to_string();
     assert!(error.contains("absent") && error.contains("os error 2"), "{error}");
+}
+
+#[test]
+fn what_is_no_file_is_no_model_and_blocks_nobody() {
+    let folder = TempDir::new().unwrap();
+    let fifo = folder.path().join("fifo");
+    rustix::fs::mknodat(rustix::fs::CWD, &fifo, FileType::Fifo, Mode::from_raw_mode(0o600), 0).unwrap();
+    for (path, word) in
+        [(fifo.as_path(), "is a FIFO"), (folder.path(), "is a directory"), (Path::new("/dev/null"), "is a device")]
+    {
+        let error = initial(path).unwrap_err().to_string();
+        assert!(error.contains(word) && error.contains(&path.display().to_string()), "{error}");
+    }
+}
+
+#[test]
+fn a_folder_has_one_coordinator_until_it_dies() {
+    let folder = TempDir::new().unwrap();
+    let mut first = open(&folder);
+    first.lock().unwrap();
+    let mut second = open(&folder);
+    let error = second.lock().unwrap_err();
+    assert!(matches!(error, CheckpointError::Locked { .. }), "{error}");
+    let text = error.to_string();
+    let pid = format!("process {}", std::process::id());
+    assert!(text.contains(&folder.path().display().to_string()) && text.contains(&pid), "{text}");
+    // A predecessor that is still dying is waited for.
+    let (begun, dies) = std::sync::mpsc::channel::<()>();
+    let dying = std::thread::spawn(move || {
+        dies.recv().unwrap();
+        drop(first);
+    });
+    begun.send(()).unwrap();
+    second.lock().unwrap();
+    dying.join().unwrap();
+    // What the dead one wrote into the file is no lock.
+    drop(second);
+    fs::write(folder.path().join("lock"), "1\n").unwrap();
+    open(&folder).lock().unwrap();
+    assert_eq!(fs::read_to_string(folder.path().join("lock")).unwrap(), format!("{}\n", std::process::id()));
+}
+
+#[test]
+fn the_kernel_frees_the_folder_of_a_killed_process() {
+    let folder = TempDir::new().unwrap();
+    let path = folder.path().join("lock");
+    // Holds the lock until its input ends, which it does only by being killed.
+    let mut child = std::process::Command::new("flock")
+        .args(["--no-fork", &path.display().to_string(), "sh", "-c", "echo $$ > \"$0\"; echo; exec cat"])
+        .arg(&path)
+        .stdin(std::process::Stdio::piped())
+        .stdout(std::process::Stdio::piped())
+        .spawn()
+        .unwrap();
+    std::io::Read::read_exact(child.stdout.as_mut().unwrap(), &mut [0]).unwrap();
+    let text = open(&folder).lock().unwrap_err().to_string();
+    assert!(text.contains(&format!("another `lifl` (process {})", child.id())), "{text}");
+    child.kill().unwrap();
+    open(&folder).lock().unwrap();
+    child.wait().unwrap();
+}
+
+#[tokio::test]
+async fn the_end_counts_beside_its_model_and_under_its_manifest() {
+    let folder = TempDir::new().unwrap();
+    let spec = |rounds, stop: &str| super::job(rounds, 2, 2, "file:///c", "file:///m", stop).spec;
+    let stop = "  stop: {metric: accuracy, atLeast: 0.1}\n";
+    let model = Model { round: 1, sha256: "ab".into(), length: 1, uri: String::new() };
+    let finished = Finished::new(&spec(3, stop), &model, "accuracy 0.3 reached 0.1".into());
+    assert_eq!(open(&folder).finished().await.unwrap(), None);
+    open(&folder).write_finished(&finished).await.unwrap();
+    let read = open(&folder).finished().await.unwrap().unwrap();
+    assert_eq!(read, finished);
+    assert!(read.holds(&spec(3, stop), &model) && read.holds(&spec(2, stop), &model));
+    for (what, spec) in [
+        ("more rounds", spec(4, stop)),
+        ("another value", spec(3, "  stop: {metric: accuracy, atLeast: 0.2}\n")),
+        ("another metric", spec(3, "  stop: {metric: loss, atLeast: 0.1}\n")),
+        ("no condition", spec(3, "")),
+    ] {
+        assert!(!read.holds(&spec, &model), "{what}");
+    }
+    assert!(!read.holds(&spec(3, stop), &Model { round: 2, ..model.clone() }));
+    assert!(!read.holds(&spec(3, stop), &Model { sha256: "cd".into(), ..model }));
+    // A crash before it is written whole leaves none, damage as well.
+    let other = TempDir::new().unwrap();
+    let checkpoint = open(&other);
+    checkpoint.steps_left.store(0, Ordering::Relaxed);
+    checkpoint.write_finished(&finished).await.unwrap_err();
+    assert_eq!(open(&other).finished().await.unwrap(), None);
+    fs::write(folder.path().join("finished.json"), "{").unwrap();
+    assert_eq!(open(&folder).finished().await.unwrap(), None);
 }
 
 #[test]

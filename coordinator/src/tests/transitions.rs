@@ -10,7 +10,7 @@ use super::{job, receipt};
 use crate::{
     plan::{Refusal, Shape},
     round::{Action, Event, StoreFailure, decide, wake},
-    state::{Done, JobState, Jobs, Loaded, Model, Node, Phase},
+    state::{Done, JobState, Jobs, Loaded, Model, Node, Phase, SavedRound},
 };
 
 const SHAPE: Shape = Shape { elements: 1000, file_bytes: 4200, float_tensors: 2, other_bytes: 0 };
@@ -254,12 +254,24 @@ fn the_stop_condition_ends_after_what_was_acknowledged() {
     t.at(3, figures("judge", true, 0.95, 0));
     assert!(t.told(|w| matches!(w, ToGateway::Close { round: 1, .. })), "an unused round is closed");
     t.at(4, Event::Closed { round: 1, admitted: 0 });
+    assert!(t.last.iter().any(|a| matches!(a, Action::StoreEnd { reason } if reason.contains("0.95"))));
+    assert!(!t.told(|w| matches!(w, ToGateway::Finish { .. })), "the end is told before it is stored");
+    // A full disk is told and tried again.
+    t.at(5, Event::EndStored(Err(StoreFailure::Storage("os error 28".into()))));
+    assert!(t.progressing().1 == "CheckpointFailed" && t.progressing().2.contains("os error 28"));
+    assert_eq!((t.job().phase(), wake(t.job())), (Phase::Committing, Some(1005)));
+    t.at(1005, Event::Tick);
+    assert!(matches!(&t.last[..], [Action::StoreEnd { .. }]), "{:?}", t.last);
+    t.at(1006, Event::Tick);
+    assert!(t.last.is_empty(), "{:?}", t.last);
+    t.at(1007, Event::EndStored(Ok(())));
     assert_eq!(t.job().phase(), Phase::Succeeded);
     // A round with updates is completed first.
     let mut t = Table::usual(stop);
     t.open().at(1, Event::Progress { round: 1, admitted: 1 }).at(2, figures("judge", true, 0.95, 0));
-    assert_eq!((t.job().phase(), t.last.len()), (Phase::Open, 0));
-    t.done(3, 1, 4).at(4, Event::Stored(1, Ok(stored(1))));
+    assert_eq!(t.job().phase(), Phase::Open);
+    assert!(matches!(&t.last[..], [Action::Save(saved)] if saved.finishing.is_some()), "{:?}", t.last);
+    t.done(3, 1, 4).at(4, Event::Stored(1, Ok(stored(1)))).at(4, Event::EndStored(Ok(())));
     assert_eq!((t.job().phase(), t.job().committed()), (Phase::Succeeded, 1));
     assert!(t.told(|w| matches!(w, ToGateway::Finish { succeeded: true, reason, .. } if reason.contains("0.95"))));
     // Figures of an older model are too late.
@@ -288,7 +300,7 @@ fn the_next_round_waits_for_the_evaluators_a_while() {
     assert_eq!((t.job().phase(), t.progressing().1.as_str()), (Phase::Gathering, "WaitingForEvaluators"));
     t.at(40, figures(0, 0.99));
     assert_eq!(t.job().phase(), Phase::Gathering, "figures of an older model are too late");
-    t.at(50, figures(1, 0.95));
+    t.at(50, figures(1, 0.95)).at(60, Event::EndStored(Ok(())));
     assert_eq!((t.job().phase(), t.job().committed()), (Phase::Succeeded, 1));
     let mut t = begin(stop);
     t.at(50, figures(1, 0.5));
@@ -314,12 +326,134 @@ fn the_first_client_brings_the_model_after_its_round_opened() {
     assert_eq!(t.job().phase(), Phase::Open);
     t.at(100, Event::FirstModel);
     assert_eq!(t.last, [Action::StoreFirst]);
+    // Several clients may bring theirs together: one is stored, once.
+    for now in 101..104 {
+        t.at(now, Event::FirstModel);
+        assert_eq!(t.last, []);
+    }
     t.at(200, Event::FirstStored(Ok((stored(0), SHAPE))));
     assert!(t.last.iter().any(|a| matches!(a, Action::Agent(Order::Plan { members, .. }) if !members.is_empty())));
     assert!(!t.told(|w| matches!(w, ToGateway::Model { .. })), "updates would come before the aggregators");
     let revision = t.job().plan.revision;
+    t.at(250, Event::FirstModel);
+    assert_eq!(t.last, []);
     t.at(300, Event::Planned(revision));
     assert!(t.told(|w| matches!(w, ToGateway::Model { round: 0, .. })));
+    t.at(400, Event::FirstModel).at(401, Event::FirstStored(Err(StoreFailure::Storage("late".into()))));
+    assert_eq!((t.last.len(), t.job().phase()), (0, Phase::Open));
+}
+
+#[test]
+fn a_first_model_that_cannot_be_stored_fails_the_job_with_the_disks_words() {
+    let mut document = job(3, 4, 2, "file:///c", "file:///m", "");
+    (document.spec.model.initial.uri, document.spec.model.initial.from_first_client) = (None, true);
+    let mut t = Table::new(document, Loaded::default(), &[]);
+    t.up().alive(0, 6).at(100, Event::FirstModel);
+    t.at(200, Event::FirstStored(Err(StoreFailure::Storage("os error 28".into()))));
+    assert_eq!(t.job().phase(), Phase::Failed);
+    assert!(t.told(|w| matches!(w, ToGateway::Finish { succeeded: false, reason, .. } if reason.contains("error 28"))));
+    t.at(300, Event::FirstModel);
+    assert_eq!(t.last, []);
+}
+
+#[test]
+fn a_later_life_knows_that_the_stop_condition_was_met() {
+    let stop = "  stop: {metric: accuracy, atLeast: 0.9}\n";
+    let ended = || Loaded {
+        model: Some((stored(1), SHAPE)),
+        token_key: "k".into(),
+        ended: Some("accuracy 0.95 reached 0.9".into()),
+        ..Loaded::default()
+    };
+    let document = || job(3, 4, 2, "file:///c", "file:///m", stop);
+    let mut t = Table::new(document(), ended(), &[]);
+    t.at(0, Event::AgentUp(Node { quota: 1 << 30, cores: 2 })).at(0, Event::GatewayUp(None));
+    assert_eq!((t.job().phase(), t.job().committed()), (Phase::Succeeded, 1));
+    assert!(t.told(|w| matches!(w, ToGateway::Model { round: 1, .. })), "the model is not served");
+    assert!(t.told(|w| matches!(w, ToGateway::Finish { succeeded: true, reason, .. } if reason.contains("0.95"))));
+    assert!(!t.last.iter().any(|a| matches!(a, Action::StoreEnd { .. } | Action::Agent(_))), "{:?}", t.last);
+    // Updates were acknowledged after it: they are not left behind.
+    let ledger = |admitted| ChainState {
+        chain: 1,
+        namespace: "default".into(),
+        job: "digits".into(),
+        round: 2,
+        open: true,
+        admitted,
+        model_round: Some(1),
+    };
+    let mut t = Table::new(document(), ended(), &[ledger(1)]);
+    t.at(0, Event::AgentUp(Node { quota: 1 << 30, cores: 2 })).at(0, Event::GatewayUp(Some(ledger(1))));
+    assert_eq!(t.job().phase(), Phase::Planning);
+    // The last writer died between the round's commit and the end: its deposit tells.
+    let saved = SavedRound { number: 1, finishing: Some("accuracy 0.95".into()), ..SavedRound::default() };
+    let mut t = Table::new(document(), Loaded { ended: None, saved: Some(saved), ..ended() }, &[]);
+    t.up();
+    assert!(t.last.iter().any(|a| matches!(a, Action::StoreEnd { reason } if reason == "accuracy 0.95")));
+    t.at(1, Event::EndStored(Ok(())));
+    assert_eq!((t.job().phase(), t.job().committed()), (Phase::Succeeded, 1));
+}
+
+#[test]
+fn a_status_is_small_and_finite_whatever_clients_measure() {
+    let mut t = Table::usual("  stop: {metric: accuracy, atLeast: 0.9}\n");
+    t.open();
+    let mut complaints = 0;
+    for client in 0..50 {
+        let mut metrics: std::collections::BTreeMap<_, _> =
+            (0..5_000).map(|i| (format!("{client}-{}-{i}", "x".repeat(i % 200)), 1e308)).collect();
+        metrics.extend([("inf".to_owned(), f64::INFINITY), ("nan".to_owned(), f64::NAN)]);
+        let data = MetricsData { round: 0, samples: u64::MAX, metrics };
+        t.at(1, Event::Metrics { client: format!("m{client}"), evaluator: client >= 25, data });
+        complaints += t.last.iter().filter(|a| matches!(a, Action::FiguresDropped { .. })).count();
+    }
+    assert_eq!(complaints, 1, "one line per job");
+    for client in ["c0", "c1"] {
+        let metrics = [("accuracy".to_owned(), 1e308)].into();
+        let data = MetricsData { round: 0, samples: 1_000_000, metrics };
+        t.at(2, Event::Metrics { client: client.into(), evaluator: false, data });
+    }
+    let status = t.job().document().status.clone().unwrap();
+    assert!(status.metrics.len() == 64 && status.metrics.values().all(|v| v.is_finite()), "{:?}", status.metrics);
+    assert!((status.metrics["accuracy"] / 1e308 - 1.0).abs() < 1e-9);
+    let text = serde_json::to_string(&status).unwrap();
+    assert!(text.len() < 32 << 10 && !text.contains("null"), "{} bytes", text.len());
+    // Nor do many evaluators make it large.
+    t.done(3, 1, 4).at(4, Event::Stored(1, Ok(stored(1))));
+    let mut t = Table::usual("  stop: {metric: accuracy, atLeast: 0.9}\n");
+    for judge in 0..1000 {
+        t.at(0, Event::Joined { client: format!("judge{judge:03}"), evaluator: true });
+    }
+    t.open().done(3, 1, 4).at(4, Event::Stored(1, Ok(stored(1)))).alive(5, 6);
+    let (_, reason, message) = t.progressing();
+    assert_eq!(reason, "WaitingForEvaluators");
+    assert!(message.contains("judge000") && message.ends_with("and 995 more"), "{message}");
+}
+
+#[test]
+fn a_job_that_waits_says_for_what_from_the_beginning() {
+    let mut t = Table::usual("");
+    let ready = |t: &mut Table| {
+        let status = t.job().document().status.clone().unwrap();
+        let c = status.conditions.into_iter().find(|c| c.kind == "Ready").unwrap();
+        (c.status == "True", c.message)
+    };
+    assert_eq!(ready(&mut t), (false, "waits for the agent and the gateway of its node".to_owned()));
+    t.at(0, Event::AgentUp(Node { quota: 1 << 30, cores: 2 }));
+    assert_eq!(ready(&mut t), (false, "waits for the gateway of its node".to_owned()));
+    t.at(0, Event::GatewayUp(None));
+    assert!(ready(&mut t).1.ends_with("aggregators are being started"), "{:?}", ready(&mut t));
+    let revision = t.job().plan.revision;
+    t.at(0, Event::Planned(revision));
+    assert!(ready(&mut t).0);
+    assert_eq!((t.progressing().0.as_str(), t.progressing().1.as_str()), ("True", "WaitingForClients"));
+    // The gateway's answer shows that it has to wait.
+    t.alive(1, 1);
+    let (status, reason, message) = t.progressing();
+    assert_eq!((status.as_str(), reason.as_str()), ("False", "WaitingForClients"));
+    assert!(message.contains("1 are alive, 2 are needed"), "{message}");
+    t.alive(2, 6);
+    assert_eq!((t.progressing().0.as_str(), t.job().phase()), ("True", Phase::Open));
 }
 
 #[test]
@@ -330,6 +464,10 @@ fn impossible_jobs_fail_with_the_figures_and_the_gateway_hears_it() {
     assert_eq!(t.job().phase(), Phase::Failed);
     assert!(t.told(|w| matches!(w, ToGateway::Finish { succeeded: false, reason, .. } if reason.contains("10000"))));
     assert!(!t.last.iter().any(|a| matches!(a, Action::Agent(_))));
+    assert!(
+        !t.told(|w| matches!(w, ToGateway::Model { .. })),
+        "there is no memory for it, and Finish would wait behind"
+    );
     let status = t.job().document().status.clone().unwrap();
     assert_eq!((status.phase, status.conditions.len()), (Shown::Failed, 3));
     assert!(status.conditions.iter().all(|c| c.status == "False" && c.reason == "QuotaTooSmall"));

@@ -49,8 +49,10 @@ fn begin(
     runtime: &tokio::runtime::Handle,
 ) -> Result<(Loaded, Desk), Refusal> {
     let unusable = |error: CheckpointError| Refusal { reason: "CheckpointUnusable", message: error.to_string() };
-    document.spec.validate().map_err(|e| Refusal { reason: "Invalid", message: e.to_string() })?;
-    let checkpoint = Checkpoint::open(&document.spec.checkpoint.uri, base.as_deref()).map_err(unusable)?;
+    document.validate().map_err(|e| Refusal { reason: "Invalid", message: e.to_string() })?;
+    let mut checkpoint = Checkpoint::open(&document.spec.checkpoint.uri, base.as_deref()).map_err(unusable)?;
+    checkpoint.lock().map_err(unusable)?;
+    let finished = runtime.block_on(checkpoint.finished()).map_err(unusable)?;
     let identity = checkpoint.identity(document.namespace(), document.name()).map_err(unusable)?;
     let Newest { committed, history, warning } = runtime.block_on(checkpoint.newest()).map_err(unusable)?;
     let found = match (committed, &document.spec.model.initial.uri) {
@@ -75,6 +77,8 @@ fn begin(
         Desk { checkpoint: Arc::new(checkpoint), identity, manifest: None, model: None, done: None, first: None };
     if let Some((round, uri, Sealed { fd, sha256, manifest })) = found {
         let model = Model { round, sha256, length: manifest.file_bytes(), uri };
+        let finished = finished.filter(|finished| finished.holds(&document.spec, &model));
+        loaded.ended = finished.map(|finished| finished.reason);
         loaded.model = Some((model, Shape::of(&manifest)));
         desk.manifest = Some(Arc::new(manifest));
         desk.model = Some((round, Arc::new(fd)));
@@ -93,6 +97,13 @@ fn initial(uri: &str, base: Option<PathBuf>) -> Result<Sealed, Refusal> {
 // === impl Desk ===
 
 impl Desk {
+    /// Keeps the first client's tensors until they are stored; what others bring meanwhile or later is no model any more.
+    pub(super) fn adopt(&mut self, source: Source) {
+        if self.manifest.is_none() && self.first.is_none() {
+            self.first = Some(Arc::new(source));
+        }
+    }
+
     /// What [`store`] needs, if the round's model is here.
     pub(super) fn order(&self, document: &FederatedJob, done: Done, seconds: f64) -> Option<StoreOrder> {
         let (_, source) = self.done.as_ref().filter(|(round, _)| *round == done.round)?;

@@ -32,8 +32,17 @@ pub(crate) struct Claim {
 pub(crate) enum Verdict {
     /// Its body may come. The client is noted as uploading: [`Inner::uploaded`] ends that.
     Fresh,
-    /// It is there already.
-    Duplicate(Receipt),
+    /// It was promised before. With a digest: if this is the body's.
+    Duplicate(Receipt, Option<[u8; 32]>),
+}
+
+/// An update that was promised, in the ledger or in a journal whose round is not open again.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Known {
+    pub(crate) round: u32,
+    /// Bits.
+    pub(crate) weight: u64,
+    pub(crate) digest: [u8; 32],
 }
 
 /// An update that is in its round.
@@ -141,14 +150,20 @@ fn weight(head: &Head<'_>, max: u64) -> Result<f64, Refusal> {
 impl Inner {
     /// Judges an update by its head.
     pub(crate) fn judge(&mut self, claim: &Claim) -> Result<Verdict, Refusal> {
-        if let Some(receipt) = self.known(claim)? {
-            self.totals.duplicates += 1;
-            return Ok(Verdict::Duplicate(receipt));
+        if let Some(known) = self.known(claim)? {
+            // Digests of one kind were compared.
+            let compared = claim.sha256.is_some_and(|sha256| is_sha256(&known.digest, &sha256).is_some());
+            let receipt = self.receipt(claim, known.round, &known.digest, true);
+            return Ok(Verdict::Duplicate(receipt, (!compared).then_some(known.digest)));
         }
         if self.uploading.get(&claim.client) == Some(&claim.id) {
             return Err(Code::InProgress.with(format!("event '{}' is still being received", claim.id)));
         }
         self.is_open(claim.round)?;
+        if self.readmitting {
+            // Or strangers to the journal would fill the round before those to whom it is promised.
+            return Err(Code::Starting.with(format!("the journal of round {} is being read", claim.round)));
+        }
         let open = self.meta.open.as_ref();
         if !open.is_some_and(|open| open.selected.contains(&claim.client)) {
             return Err(
@@ -163,11 +178,8 @@ impl Inner {
         if let Some(other) = self.uploading.get(&claim.client) {
             return Err(Code::ClientBusy.with(format!("client '{}' is sending '{other}' already", claim.client)));
         }
-        let max = self.measure.as_ref().map(|measure| measure.max_size);
-        if let (Some(length), Some(max)) = (claim.length, max)
-            && length > max
-        {
-            return Err(Code::TooLarge.with(format!("{length} bytes, the job accepts {max}")));
+        if let Some(length) = claim.length.filter(|_| self.measure.is_some()) {
+            self.fits(length)?;
         }
         self.uploading.insert(claim.client.clone(), claim.id.clone());
         Ok(Verdict::Fresh)
@@ -178,7 +190,12 @@ impl Inner {
         if self.meta.finish.is_some() {
             return Err(Code::RoundClosed.with("the job is over"));
         }
-        if asked > round.round || round.goal == 0 {
+        // The ledger is as old as this machine's memory: the rounds may have begun long ago.
+        let committed = self.meta.model.as_ref().map_or(0, |model| model.round);
+        if round.goal == 0 && asked > committed {
+            return Err(Code::Starting.with("the job's round is not known here yet"));
+        }
+        if asked > round.round && round.goal != 0 {
             return Err(Code::RoundNotBegun.with(format!("round {asked} has not begun; it is round {}", round.round)));
         }
         if asked < round.round || !round.open {
@@ -187,31 +204,52 @@ impl Inner {
         Ok(())
     }
 
-    /// The receipt of an event that is there already; an error if it came with other content.
-    fn known(&self, claim: &Claim) -> Result<Option<Receipt>, Refusal> {
-        let known = self.ledger.find(&claim.client, &claim.id).and_then(|index| self.ledger.update(index));
-        let Some(update) = known else { return Ok(None) };
+    /// Largest body that an update of this job may have.
+    pub(crate) fn max_size(&self) -> u64 {
+        let said = || self.meta.job.spec.update.max_size.map_or(self.meta.slot_bytes, |size| size.0);
+        self.measure.as_ref().map_or_else(said, |measure| measure.max_size)
+    }
+
+    /// Refuses bodies that are larger.
+    pub(crate) fn fits(&self, length: u64) -> Result<(), Refusal> {
+        let max = self.max_size();
+        if length > max {
+            return Err(Code::TooLarge.with(format!("{length} bytes, the job accepts {max}")));
+        }
+        Ok(())
+    }
+
+    /// What was promised of an event; an error if its head is another one now.
+    fn known(&self, claim: &Claim) -> Result<Option<Known>, Refusal> {
+        let update = self.ledger.find(&claim.client, &claim.id).and_then(|index| self.ledger.update(index));
+        let known = |update: UpdateRecord| Known {
+            round: update.round,
+            weight: update.weight.to_bits(),
+            digest: update.digest,
+        };
+        let journalled = || self.journalled.get(&(claim.client.clone(), claim.id.clone())).copied();
+        let Some(update) = update.map(known).or_else(journalled) else { return Ok(None) };
         let other =
             |what: &str| Code::OtherContent.with(format!("event '{}' was accepted with another {what}", claim.id));
         if update.round != claim.round {
             return Err(other("round"));
         }
-        if update.weight.to_bits() != claim.weight.to_bits() {
+        if update.weight != claim.weight.to_bits() {
             return Err(other("weight"));
         }
         if claim.sha256.is_some_and(|sha256| is_sha256(&update.digest, &sha256) == Some(false)) {
             return Err(other("digest"));
         }
-        Ok(Some(self.receipt(&update, true)))
+        Ok(Some(update))
     }
 
-    fn receipt(&self, update: &UpdateRecord, duplicate: bool) -> Receipt {
+    fn receipt(&self, claim: &Claim, round: u32, digest: &[u8; 32], duplicate: bool) -> Receipt {
         Receipt {
             schema: schema("receipt"),
-            source: self.source(&update.client),
-            id: update.id.clone(),
-            round: update.round,
-            digest: digest_text(&update.digest),
+            source: self.source(&claim.client),
+            id: claim.id.clone(),
+            round,
+            digest: digest_text(digest),
             duplicate,
         }
     }
@@ -249,7 +287,12 @@ impl Inner {
         if let Err(refusal) = admitted {
             self.recycle(sealed.key);
             return match self.known(claim)? {
-                Some(receipt) => Ok(Admission { receipt, closed: None }),
+                Some(known) if known.digest == digest => {
+                    let receipt = self.receipt(claim, known.round, &digest, true);
+                    Ok(Admission { receipt, closed: None })
+                }
+                // Compared when it is sent again: digests may be of two kinds.
+                Some(_) => Err(Code::InProgress.with("the event was accepted meanwhile")),
                 None => Err(refusal),
             };
         }
@@ -262,7 +305,7 @@ impl Inner {
         }
         let closed = (!self.ledger.round().open).then(|| self.ledger.admitted());
         self.announce_close(out);
-        Ok(Admission { receipt: self.receipt(&record, false), closed })
+        Ok(Admission { receipt: self.receipt(claim, claim.round, &digest, false), closed })
     }
 
     fn hand(&mut self, descriptor: Descriptor, out: &mut Vec<Descriptor>) {

@@ -14,11 +14,28 @@ use lifl_events::{Control, Head, MAX_STRUCTURED, Mode, mode};
 
 use super::{Body, auth, json, refuse, respond, update, upload::Upload};
 use crate::{
+    budget::Share,
     chain::{Chain, check_name},
     problem::{Code, Refusal},
     state::Gateway,
     token::Bearer,
 };
+
+/// Longest control event of a sender who has not shown that it belongs here: enough to join.
+const MAX_STRANGE: usize = 64 << 10;
+/// Figures in an event of metrics.
+const MAX_METRICS: usize = 64;
+/// Bytes of a figure's name.
+const MAX_METRIC_NAME: usize = 128;
+
+/// Who sends a control event, as far as its head tells.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Standing {
+    /// Who holds a token of the job or its join secret.
+    Member,
+    /// Anybody: a job without a secret is joined by whoever reaches it.
+    Stranger,
+}
 
 /// Takes an event of any mode and type.
 pub(crate) async fn post(gateway: &Arc<Gateway>, chain: &Arc<Chain>, request: Request<Incoming>) -> Response<Body> {
@@ -70,39 +87,95 @@ async fn control(
     body: Incoming,
 ) -> Result<Response<Body>, Refusal> {
     let mut upload = Upload::new(&parts.headers, body, false, &gateway.config);
-    let too_large = || Code::TooLarge.with(format!("a control event of more than {MAX_STRUCTURED} bytes"));
-    if content_length(parts)?.is_some_and(|length| length > MAX_STRUCTURED as u64) {
-        return Err(too_large());
-    }
-    let mut bytes = BytesMut::new();
-    while let Some(frame) = upload.frame().await? {
-        if bytes.len() + frame.len() > MAX_STRUCTURED {
-            return Err(too_large());
-        }
-        bytes.extend_from_slice(&frame);
-    }
+    let standing = match &head {
+        Some(head) => of_binary(gateway, chain, parts, head)?,
+        None => of_structured(chain, parts)?,
+    };
+    let (limit, budget) = match standing {
+        Standing::Member => (MAX_STRUCTURED, &gateway.members),
+        Standing::Stranger => (MAX_STRANGE, &gateway.strangers),
+    };
+    let mut share = budget.share();
+    let bytes = whole(parts, &mut upload, limit, &mut share).await?;
     let event = match head {
         Some(head) => Control::from_binary(&head, &bytes)?,
         None => Control::from_structured(&parts.headers, &bytes)?,
     };
+    drop(bytes);
     match event.kind() {
         types::AVAILABLE => available(gateway, chain, parts, &event),
         types::METRICS => metrics(gateway, chain, parts, &event),
-        types::UPDATE => {
-            Err(Code::MediaType.with("updates come in binary mode: attributes as headers, tensors as body"))
-        }
-        other => {
-            let detail = format!("attribute 'type' is '{other}', which this gateway does not take");
-            Err(Code::BadAttribute.with(detail))
-        }
+        other => Err(not_taken(other)),
     }
 }
 
-/// The length that a request claims.
-pub(crate) fn content_length(parts: &Parts) -> Result<Option<u64>, Refusal> {
-    length_of(&parts.headers)
+/// In binary mode the head says all but the data: who may not send the event is told before its body is read.
+fn of_binary(gateway: &Gateway, chain: &Chain, parts: &Parts, head: &Head<'_>) -> Result<Standing, Refusal> {
+    let event = Control::from_binary(head, &[])?;
+    match event.kind() {
+        types::AVAILABLE => {
+            sender(chain, &event)?;
+            Ok(if may_join(chain, parts)? { Standing::Member } else { Standing::Stranger })
+        }
+        types::METRICS => {
+            auth::client(gateway, chain, &parts.headers, &sender(chain, &event)?)?;
+            Ok(Standing::Member)
+        }
+        other => Err(not_taken(other)),
+    }
 }
 
+/// In structured mode the head has the credentials only. A job with a secret knows all whom it may concern by them.
+fn of_structured(chain: &Chain, parts: &Parts) -> Result<Standing, Refusal> {
+    if auth::bearer(chain, &parts.headers).is_ok() {
+        return Ok(Standing::Member);
+    }
+    Ok(if may_join(chain, parts)? { Standing::Member } else { Standing::Stranger })
+}
+
+/// Whether the join secret is presented; false for a job that asks for none.
+fn may_join(chain: &Chain, parts: &Parts) -> Result<bool, Refusal> {
+    let (key, secret) = {
+        let inner = chain.lock();
+        (inner.key.clone(), inner.meta.join_secret.clone())
+    };
+    let Some(secret) = secret else { return Ok(false) };
+    match auth::token(&parts.headers) {
+        None => Err(Code::NoToken.with("this job asks for its join secret as bearer token")),
+        Some(presented) if !key.same_secret(presented, &secret) => {
+            Err(Code::ForeignToken.with("this is not the job's join secret"))
+        }
+        Some(_) => Ok(true),
+    }
+}
+
+fn not_taken(kind: &str) -> Refusal {
+    if kind == types::UPDATE {
+        return Code::MediaType.with("updates come in binary mode: attributes as headers, tensors as body");
+    }
+    Code::BadAttribute.with(format!("attribute 'type' is '{kind}', which this gateway does not take"))
+}
+
+/// A body that is held in memory: no more than `limit` of it, and no more than all of them may have together.
+async fn whole(parts: &Parts, upload: &mut Upload, limit: usize, share: &mut Share<'_>) -> Result<BytesMut, Refusal> {
+    let too_large = || Code::TooLarge.with(format!("a control event of more than {limit} bytes"));
+    if length_of(&parts.headers)?.is_some_and(|length| length > limit as u64) {
+        return Err(too_large());
+    }
+    let mut bytes = BytesMut::new();
+    while let Some(frame) = upload.frame().await? {
+        if bytes.len() + frame.len() > limit {
+            return Err(too_large());
+        }
+        if !share.take(frame.len()) {
+            return Err(Code::Busy.with("too many control events are being received"));
+        }
+        bytes.extend_from_slice(&frame);
+    }
+    Ok(bytes)
+}
+
+/// The length that a request claims.
 pub(crate) fn length_of(headers: &http::HeaderMap) -> Result<Option<u64>, Refusal> {
     let Some(value) = headers.get(header::CONTENT_LENGTH) else { return Ok(None) };
     let length = value.to_str().ok().and_then(|text| text.parse().ok());
@@ -137,20 +210,9 @@ fn available(gateway: &Gateway, chain: &Chain, parts: &Parts, event: &Control) -
     if gateway.is_draining() {
         return Err(Code::Draining.with("the gateway ends: join its successor"));
     }
-    let (key, secret) = {
-        let inner = chain.lock();
-        (inner.key.clone(), inner.meta.join_secret.clone())
-    };
-    if let Some(secret) = secret {
-        match auth::token(&parts.headers) {
-            None => return Err(Code::NoToken.with("this job asks for its join secret as bearer token")),
-            Some(presented) if !key.same_secret(presented, &secret) => {
-                return Err(Code::ForeignToken.with("this is not the job's join secret"));
-            }
-            Some(_) => {}
-        }
-    }
+    may_join(chain, parts)?;
     auth::heard(gateway, chain, &client, role)?;
+    let key = chain.lock().key.clone();
     let token = key.token(&Bearer { client, role });
     let joined = Joined { schema: schema("joined"), token, heartbeat: gateway.config.heartbeat() };
     Ok(json(StatusCode::OK, &joined))
@@ -160,9 +222,29 @@ fn metrics(gateway: &Gateway, chain: &Chain, parts: &Parts, event: &Control) -> 
     let client = sender(chain, event)?;
     let bearer = auth::client(gateway, chain, &parts.headers, &client)?;
     let data = data::<MetricsData>(event)?.ok_or_else(|| Code::BadRequest.with("an event of metrics without data"))?;
+    check_metrics(&data)?;
     let evaluator = bearer.role == lifl_api::event::ClientRole::Evaluator;
     gateway.tell(FromGateway::Metrics { chain: chain.id, client, evaluator, data });
     let mut response = respond(StatusCode::ACCEPTED, "application/json", bytes::Bytes::new());
     response.headers_mut().remove(header::CONTENT_TYPE);
     Ok(response)
+}
+
+/// Names and number of figures are kept for as long as their round's model is the newest: neither is the client's to choose.
+fn check_metrics(data: &MetricsData) -> Result<(), Refusal> {
+    let figures = data.metrics.len();
+    if figures > MAX_METRICS {
+        return Err(Code::BadMetrics.with(format!("{figures} metrics in an event, at most {MAX_METRICS} are taken")));
+    }
+    for (name, value) in &data.metrics {
+        if name.len() > MAX_METRIC_NAME {
+            let shown: String = name.chars().take(MAX_METRIC_NAME).collect();
+            let detail = format!("the name of metric '{shown}...' is longer than {MAX_METRIC_NAME} bytes");
+            return Err(Code::BadMetrics.with(detail));
+        }
+        if !value.is_finite() {
+            return Err(Code::BadMetrics.with(format!("metric '{name}' is {value}")));
+        }
+    }
+    Ok(())
 }

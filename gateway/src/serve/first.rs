@@ -1,39 +1,44 @@
 //! `initial: {fromFirstClient: true}`: the first upload of round 1 becomes the job's first model.
 //!
 //! The client is asked to send the same again: by then the coordinator has stored the model and planned for it, and the
-//! second time it is an ordinary update. So nothing is promised before there is a place for it.
+//! second time it is an ordinary update. So nothing is promised before there is a place for it. Others who send theirs
+//! meanwhile are asked to come again, too; what they sent is not kept.
 
-use std::{fs::File, io::Write as _, sync::Arc};
+use std::{fs::File, io::Write as _, os::fd::AsFd as _, sync::Arc};
 
-use lifl_api::{manifest::float, node::FromGateway};
+use lifl_api::manifest::float;
 use lifl_fold::first_non_finite;
 use rustix::fs::{MemfdFlags, memfd_create};
 
 use super::{update, upload::Upload};
 use crate::{
-    chain::{Chain, Claim},
+    chain::{Chain, Claim, first_key},
     intake::ScatterError,
     layout::element,
     problem::{Code, Refusal},
     state::{Gateway, Word},
 };
 
-/// Takes the body as the job's model; always a refusal.
+/// Takes the body as the job's model, if it is the first; always a refusal.
 pub(crate) async fn adopt(gateway: &Arc<Gateway>, chain: &Arc<Chain>, claim: &Claim, upload: &mut Upload) -> Refusal {
     match take(gateway, chain, claim, upload).await {
-        Ok(()) => Code::ModelAdopted.with("these tensors are the job's first model now: send the update again"),
+        Ok(true) => Code::ModelAdopted.with("these tensors are the job's first model now: send the update again"),
+        Ok(false) => Code::ModelAdopted.with("another client's tensors become the job's first model: send again"),
         Err(refusal) => refusal,
     }
 }
 
-async fn take(gateway: &Gateway, chain: &Chain, claim: &Claim, upload: &mut Upload) -> Result<(), Refusal> {
-    let (first, known, limit, dtypes) = {
+/// Whether it is; unreadable tensors are not.
+async fn take(gateway: &Arc<Gateway>, chain: &Arc<Chain>, claim: &Claim, upload: &mut Upload) -> Result<bool, Refusal> {
+    let (adopting, wanted, limit, dtypes) = {
         let inner = chain.lock();
         let spec = &inner.meta.job.spec;
-        let limit = spec.update.max_size.map_or(inner.meta.slot_bytes, |size| size.0);
-        (spec.model.initial.from_first_client, inner.meta.model.is_some(), limit, spec.update.dtypes.clone())
+        (inner.first.is_some(), inner.wants_first(), inner.max_size(), spec.update.dtypes.clone())
     };
-    if !first || known || claim.round != 1 {
+    if adopting {
+        return Ok(false);
+    }
+    if !wanted || claim.round != 1 {
         return Err(Code::Starting.with("the job's model is not here yet"));
     }
     let (manifest, mut file, rest) = update::header(upload).await?;
@@ -44,6 +49,9 @@ async fn take(gateway: &Gateway, chain: &Chain, claim: &Claim, upload: &mut Uplo
     }
     file.extend_from_slice(&rest);
     while let Some(frame) = upload.frame().await? {
+        if !chain.lock().wants_first() {
+            return Ok(false);
+        }
         file.extend_from_slice(&frame);
         if file.len() as u64 > bytes {
             return Err(update::explain(&ScatterError::TooLong, &manifest));
@@ -66,8 +74,25 @@ async fn take(gateway: &Gateway, chain: &Chain, claim: &Claim, upload: &mut Uplo
         memory.write_all(&file).map(|()| memory)
     });
     let memory = stored.map_err(|error| Code::OutOfMemory.with(format!("the model cannot be stored: {error}")))?;
+    if !chain.lock().take_first(memory.into(), bytes) {
+        return Ok(false);
+    }
     tracing::info!(chain = chain.id, job = chain.job, client = claim.client, bytes, "first model from a client");
-    let word = FromGateway::FirstModel { chain: chain.id, offset: 0, length: bytes };
-    let _the_process_ends = gateway.coordinator.send(Word::Say(word, Some(memory.into())));
-    Ok(())
+    // On its own: the client may be gone before it is kept, and nobody else's tensors are taken any more.
+    let told = tokio::spawn(tell(Arc::clone(gateway), Arc::clone(chain)));
+    let _the_process_ends = told.await;
+    Ok(true)
+}
+
+/// Has the tensors kept, then tells the coordinator of them.
+async fn tell(gateway: Arc<Gateway>, chain: Arc<Chain>) {
+    let file = chain.lock().first.as_ref().map(|first| (first.file.try_clone(), first.length));
+    let Some((Ok(file), length)) = file else { return };
+    if let Err(error) = gateway.child.deposit(&first_key(chain.id), &length, &[file.as_fd()]).await {
+        tracing::error!(chain = chain.id, %error, "the first model is not kept");
+    }
+    if let Some(first) = chain.lock().first.as_mut() {
+        first.kept = true;
+    }
+    let _the_process_ends = gateway.coordinator.send(Word::First(chain.id));
 }

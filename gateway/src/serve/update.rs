@@ -1,6 +1,6 @@
 //! An update: head judged, slot reserved, tensors copied to their places, sealed, promised, handed on.
 
-use std::sync::{Arc, atomic::Ordering};
+use std::sync::Arc;
 
 use bytes::Bytes;
 use http::HeaderMap;
@@ -18,10 +18,10 @@ use tokio::time::Instant;
 use super::{auth, control::length_of, first, upload::Upload};
 use crate::{
     chain::{Chain, Claim, Slot, Verdict, reserve},
-    intake::{HeaderReader, Scatter, ScatterError, digest_text},
+    intake::{Digester, HeaderReader, Scatter, ScatterError, digest_text},
     layout::{Layout, Measure},
     problem::{Code, Refusal},
-    state::{Gateway, Word},
+    state::Gateway,
     watch::worker,
 };
 
@@ -48,7 +48,11 @@ pub(crate) async fn take(
     let mut upload = Upload::new(headers, body, headers.contains_key("ce-fldigest"), &gateway.config);
     let claim = claim(gateway, chain, headers, &head)?;
     let verdict = chain.lock().judge(&claim)?;
-    if let Verdict::Duplicate(receipt) = verdict {
+    if let Verdict::Duplicate(receipt, digest) = verdict {
+        if let Some(digest) = digest {
+            compare(chain, &claim, &mut upload, &digest).await?;
+        }
+        chain.lock().totals.duplicates += 1;
         return Ok(receipt);
     }
     let _busy = Uploading { chain, client: &claim.client };
@@ -72,13 +76,29 @@ pub(crate) async fn take(
     failpoint("gateway.sealed");
     let admission = gateway.with(chain, |inner, out| inner.admit(&claim, &sealed, digest, out))?;
     failpoint("gateway.sent");
-    if !admission.receipt.duplicate && !chain.progress.swap(true, Ordering::AcqRel) {
-        let _the_process_ends = gateway.coordinator.send(Word::Progress(chain.id));
+    if !admission.receipt.duplicate {
+        gateway.tell_progress(chain);
     }
     if let Some(admitted) = admission.closed {
         worker::closed(gateway, chain, claim.round, admitted);
     }
     Ok(admission.receipt)
+}
+
+/// Reads the body of a repeated event and forgets it: it must be the one that the receipt is for.
+async fn compare(chain: &Chain, claim: &Claim, upload: &mut Upload, known: &[u8; 32]) -> Result<(), Refusal> {
+    chain.lock().fits(claim.length.unwrap_or(0))?;
+    let mut digester = Digester::like(known);
+    while let Some(frame) = upload.frame().await? {
+        chain.lock().fits(upload.received() as u64)?;
+        digester.push(&frame);
+    }
+    let same = digester.finish() == *known;
+    if !same || claim.sha256.is_some_and(|claimed| claimed != upload.digest()) {
+        let was = digest_text(known);
+        return Err(Code::OtherContent.with(format!("event '{}' was accepted with another body: {was}", claim.id)));
+    }
+    Ok(())
 }
 
 /// Judges what the head alone tells; in the order of what matters most to the sender.

@@ -86,6 +86,10 @@ async fn greet(gateway: &Arc<Gateway>, channel: &Channel) -> Result<(), Option<C
         if let Some(closed) = closed {
             channel.send(&closed, &[]).await.map_err(Some)?;
         }
+        let first = chain.lock().first_word(true);
+        if let Some((word, file)) = first {
+            channel.send(&word, &[file.as_fd()]).await.map_err(Some)?;
+        }
         tell_round_done(gateway, chain);
     }
     Ok(())
@@ -106,6 +110,13 @@ async fn say(gateway: &Arc<Gateway>, channel: Option<&Channel>, word: Word) -> R
             let inner = chain.lock();
             let (round, admitted) = (inner.ledger.round().round, inner.ledger.admitted());
             (FromGateway::Progress { chain: chain.id, round, admitted }, None)
+        }
+        Word::First(id) => {
+            // Who comes later is told when it comes.
+            let Some(chain) = gateway.chain(id).filter(|_| channel.is_some()) else { return Ok(()) };
+            let first = chain.lock().first_word(false);
+            let Some((word, file)) = first else { return Ok(()) };
+            (word, Some(file))
         }
     };
     let Some(channel) = channel else { return Ok(()) };

@@ -8,7 +8,7 @@ use lifl_shm::{Ledger, SegmentReader};
 
 use super::{data, worker};
 use crate::{
-    chain::{Chain, Inner, Meta, Own},
+    chain::{Chain, FirstModel, Inner, Meta, Own},
     state::Gateway,
 };
 
@@ -30,6 +30,7 @@ pub(crate) fn take(gateway: &Arc<Gateway>, deposits: Vec<Deposit>) -> Restored {
     let mut restored = Restored::default();
     let mut ledgers = BTreeMap::new();
     let mut segments: BTreeMap<u32, Vec<(u32, u64, OwnedFd)>> = BTreeMap::new();
+    let mut firsts = BTreeMap::new();
     for Deposit { key, meta, fds } in deposits {
         let mut fds = fds.into_iter();
         let mut path = key.split('/');
@@ -41,12 +42,17 @@ pub(crate) fn take(gateway: &Arc<Gateway>, deposits: Vec<Deposit>) -> Restored {
             (Some("segment"), Some(chain), Some(segment), Some(fd)) => {
                 segments.entry(chain).or_default().push((segment, meta.as_u64().unwrap_or(0), fd));
             }
+            (Some("first"), Some(chain), None, Some(file)) => {
+                let length = meta.as_u64().unwrap_or(0);
+                firsts.insert(chain, FirstModel { file, length, kept: true, told: false });
+            }
             _ => tracing::warn!(key, "deposit that nobody knows"),
         }
     }
     for (chain, (meta, fd)) in ledgers {
         let own = segments.remove(&chain).unwrap_or_default();
-        restored.chains |= self::chain(gateway, chain, meta, fd, own).is_some();
+        let first = firsts.remove(&chain);
+        restored.chains |= self::chain(gateway, chain, meta, fd, own, first).is_some();
     }
     restored
 }
@@ -61,11 +67,13 @@ fn chain(
     meta: serde_json::Value,
     fd: OwnedFd,
     segments: Vec<(u32, u64, OwnedFd)>,
+    first: Option<FirstModel>,
 ) -> Option<Arc<Chain>> {
     let told = |error: &dyn std::fmt::Display| tracing::error!(chain, %error, "chain is lost");
     let meta: Meta = serde_json::from_value(meta).inspect_err(|error| told(error)).ok()?;
     let ledger = Ledger::open(&fd, chain).inspect_err(|error| told(error)).ok()?;
     let mut inner = Inner::new(chain, meta, ledger, gateway.config.credits)?;
+    inner.first = first;
     for (segment, bytes, fd) in segments {
         match SegmentReader::map(&fd, chain, segment) {
             Ok(reader) if reader.spec().writer == role::GATEWAY => {

@@ -22,7 +22,7 @@ use tokio::{sync::mpsc, time::Instant};
 
 use super::coordinator;
 use crate::{
-    chain::{Chain, Inner, ModelMeta, OpenMeta, Served, Slot, grow, reserve},
+    chain::{Chain, Inner, ModelMeta, OpenMeta, Served, Slot, first_key, grow, reserve},
     intake::hex,
     layout::Measure,
     state::Gateway,
@@ -58,6 +58,7 @@ pub(crate) fn start(gateway: &Arc<Gateway>, inner: Inner, ledger_fd: OwnedFd) ->
 }
 
 async fn run(gateway: Arc<Gateway>, chain: Arc<Chain>, mut words: mpsc::UnboundedReceiver<(ToGateway, Vec<OwnedFd>)>) {
+    end_first(&gateway, &chain).await;
     while let Some((word, fds)) = words.recv().await {
         heed(&gateway, &chain, word, fds).await;
     }
@@ -68,6 +69,7 @@ async fn heed(gateway: &Arc<Gateway>, chain: &Arc<Chain>, word: ToGateway, fds: 
         ToGateway::Job { job, token_key, join_secret, slot_bytes, .. } => {
             chain.lock().take_job(*job, token_key, join_secret, slot_bytes);
             keep(gateway, chain).await;
+            crate::journal::recall(gateway, chain).await;
         }
         ToGateway::Model { round, length, sha256, .. } => {
             let Some(fd) = fds.into_iter().next() else {
@@ -99,6 +101,7 @@ async fn heed(gateway: &Arc<Gateway>, chain: &Arc<Chain>, word: ToGateway, fds: 
             keep(gateway, chain).await;
             tracing::info!(chain = chain.id, job = chain.job, succeeded, reason, "job is over");
             gateway.with(chain, |inner, _| inner.trim());
+            end_first(gateway, chain).await;
             chain.bump();
         }
         ToGateway::Alive { .. } => {
@@ -114,6 +117,16 @@ async fn keep(gateway: &Gateway, chain: &Chain) {
     let key = format!("ledger/{}", chain.id);
     if let Err(error) = gateway.child.deposit(&key, &meta, &[chain.ledger_fd.as_fd()]).await {
         tracing::error!(chain = chain.id, %error, "the chain's state is not kept");
+    }
+}
+
+/// Gives the first client's tensors back, once nobody asks for them any more.
+async fn end_first(gateway: &Gateway, chain: &Chain) {
+    let ended = chain.lock().end_first();
+    if ended.is_some()
+        && let Err(error) = gateway.child.remove(&first_key(chain.id)).await
+    {
+        tracing::warn!(chain = chain.id, %error, "deposit of the first model");
     }
 }
 
@@ -137,6 +150,8 @@ async fn open(gateway: &Arc<Gateway>, chain: &Arc<Chain>, open: OpenMeta) {
     };
     keep(gateway, chain).await;
     if begun {
+        // An earlier life may have died while it did so.
+        crate::journal::readmit(gateway, chain, round).await;
         return chain.bump();
     }
     let result = gateway.with(chain, |inner, out| {
@@ -266,6 +281,7 @@ async fn model(
         old
     });
     tracing::info!(chain = chain.id, job = chain.job, round, bytes = length, "model is served");
+    end_first(gateway, chain).await;
     revoke_later(gateway, old);
     chain.bump();
     Ok(())
@@ -327,7 +343,9 @@ impl Inner {
 
     fn begin(&mut self, round: u32, goal: u32) -> Result<(), lifl_shm::LedgerError> {
         self.ledger.begin(round, goal)?;
-        self.reported.clear();
+        let journalled = self.journalled.iter().filter(|(_, known)| known.round == round);
+        self.reported = journalled.map(|((client, _), _)| client.clone()).collect();
+        self.readmitting = !self.reported.is_empty();
         self.waiting.clear();
         self.outstanding.clear();
         self.close_sent = false;

@@ -8,6 +8,10 @@ use serde::{Deserialize, Serialize};
 
 use crate::quantity::{Bytes, Span};
 
+mod validate;
+
+pub use validate::{MAX_METRIC_NAME, MAX_SELECTED};
+
 /// A federated training job: rounds of client updates, aggregated to a model.
 #[derive(CustomResource, Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[kube(
@@ -427,51 +431,6 @@ impl FederatedJobSpec {
         let power = |exponent: u32| f64::from(exponent).exp2();
         Ok(Some(FixedPoint { scale: power(scale), bound: power(bound) }))
     }
-
-    /// Checks what the schema cannot: values that contradict each other.
-    ///
-    /// # Errors
-    /// The first field that makes the job impossible.
-    pub fn validate(&self) -> Result<(), JobError> {
-        let invalid = |field, message: String| Err(JobError::Invalid { field, message });
-        if self.rounds == 0 {
-            return invalid("rounds", "0 rounds train nothing; at least 1".into());
-        }
-        if self.clients_per_round == 0 {
-            return invalid("clientsPerRound", "0 updates make no model; at least 1".into());
-        }
-        let min = self.min_clients();
-        if min == 0 || min > self.clients_per_round {
-            return invalid(
-                "minClients",
-                format!("{min} is not within 1..={} (clientsPerRound)", self.clients_per_round),
-            );
-        }
-        if !(1.0..=100.0).contains(&self.over_provision) {
-            return invalid("overProvision", format!("{} is not within 1..=100", self.over_provision));
-        }
-        if self.round_deadline.0.is_zero() {
-            return invalid("roundDeadline", "0s leaves no time to train".into());
-        }
-        if self.max_weight == 0 {
-            return invalid("maxWeight", "0 refuses every update".into());
-        }
-        if self.aggregation.leaf_fan_in == 0 {
-            return invalid("aggregation.leafFanIn", "0 updates per leaf; at least 1".into());
-        }
-        if self.update.dtypes.is_empty() {
-            return invalid("update.dtypes", "empty: no update could be accepted".into());
-        }
-        self.fixed_point()?;
-        match (&self.model.initial.uri, self.model.initial.from_first_client) {
-            (Some(_), true) => invalid("model.initial", "both uri and fromFirstClient are set; choose one".into()),
-            (None, false) => invalid("model.initial", "neither uri nor fromFirstClient is set; choose one".into()),
-            (None, true) if self.update.kind == UpdateKind::Diff => {
-                invalid("model.initial.fromFirstClient", "a Diff has no meaning without a first model".into())
-            }
-            _ => Ok(()),
-        }
-    }
 }
 
 // === impl FederatedJob ===
@@ -485,15 +444,7 @@ impl FederatedJob {
         let document = serde_yaml_ng::Deserializer::from_str(text);
         let job: Self = serde_path_to_error::deserialize(document)
             .map_err(|e| JobError::Parse { path: e.path().to_string(), message: e.inner().to_string() })?;
-        job.spec.validate()?;
-        let name = job.metadata.name.as_deref().unwrap_or_default();
-        let plain = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '-';
-        if name.is_empty() || name.len() > 63 || !name.chars().all(plain) {
-            return Err(JobError::Parse {
-                path: "metadata.name".into(),
-                message: format!("'{name}' is not a name of 1 to 63 characters of a-z, 0-9 and '-'"),
-            });
-        }
+        job.validate()?;
         Ok(job)
     }
 
@@ -569,19 +520,5 @@ spec:
         let error = job(1 << 30, 20).unwrap_err().to_string();
         assert!(error.contains("1073741824") && error.contains("maxWeight"), "{error}");
         assert_eq!(FederatedJob::from_yaml(JOB).unwrap().spec.fixed_point(), Ok(None));
-    }
-
-    #[test]
-    fn impossible_values_are_refused_by_name() {
-        for (from, to, field) in [
-            ("rounds: 20", "rounds: 0", "spec.rounds"),
-            ("minClients: 10", "minClients: 21", "spec.minClients"),
-            ("overProvision: 1.3", "overProvision: 0.5", "spec.overProvision"),
-            ("initial: {uri: file:///models/mlp.safetensors}", "initial: {}", "spec.model.initial"),
-            ("name: digits, namespace", "name: Digits, namespace", "metadata.name"),
-        ] {
-            let error = FederatedJob::from_yaml(&JOB.replace(from, to)).unwrap_err().to_string();
-            assert!(error.starts_with(field), "{error}");
-        }
     }
 }

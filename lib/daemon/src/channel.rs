@@ -81,6 +81,10 @@ impl Outgoing {
         if packet.len() <= INLINE_BYTES {
             return Ok(Self { packet, spill: None });
         }
+        // Refused here, where it is one message's trouble; the reader would have to give up the channel.
+        if packet.len() as u64 > MAX_SPILL {
+            return Err(ChannelError::Wire("message too long to be sent"));
+        }
         let mut file = File::from(memfd_create("lifl-message", MemfdFlags::CLOEXEC).map_err(io::Error::from)?);
         file.write_all(&packet[1..])?;
         let length = (packet.len() as u64 - 1).to_le_bytes();

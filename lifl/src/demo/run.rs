@@ -39,6 +39,13 @@ pub fn run(args: &DemoArgs) -> Result<()> {
     logs::start(logs::Format::Text, "warn");
     // `cargo run` becomes this process: what building took is not the demo's.
     let before = cpu::seconds();
+    // Said now, not after the run.
+    for (option, file) in [("--json", &args.json), ("--plot", &args.plot)] {
+        if let Some(file) = file {
+            let opened = fs::OpenOptions::new().create(true).append(true).open(file);
+            opened.with_context(|| format!("{option} {}", file.display()))?;
+        }
+    }
     let folder = tempfile::tempdir().context("a folder for model and checkpoints")?;
     let model = folder.path().join("initial.safetensors");
     fs::write(&model, initial_model(args.seed)?)?;
@@ -79,6 +86,9 @@ pub fn run(args: &DemoArgs) -> Result<()> {
     Ok(())
 }
 
+/// Between two looks at the job's status.
+const LOOK: Duration = Duration::from_secs(1);
+
 /// What the platform says of itself.
 struct Figures {
     lines: Vec<RoundLine>,
@@ -110,8 +120,16 @@ async fn play(platform: &Platform, config: ClientsConfig) -> Result<(Summary, Ui
     let (mut term, mut interrupt) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
     let (mut began, mut told, mut seen) = (None, 0, 0);
     let mut measured = Vec::new();
+    // A job that fails before it has told its clients anything tells it here.
+    let mut look = tokio::time::interval(LOOK);
     loop {
         tokio::select! {
+            _ = look.tick() => {
+                if let Some(failure) = tell_rounds(platform, &mut ui, &mut told, &mut seen).await?.failure {
+                    clients.abort();
+                    bail!("the job failed: {failure}");
+                }
+            }
             progress = heard.recv() => {
                 let Some(progress) = progress else { break };
                 if matches!(progress, Progress::Training { .. }) {
