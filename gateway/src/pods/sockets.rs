@@ -177,7 +177,7 @@ mod tests {
                 })
                 .collect();
             let PodAsk::Sockets { place: 7, count: told } = asked.recv().await.unwrap() else { panic!() };
-            assert!(told >= 1 && told <= MAX_SOCKETS);
+            assert!((1..=MAX_SOCKETS).contains(&told));
             sockets.filled(7, (0..told).map(|_| socket()).collect());
             while dials.iter().any(|dial| !dial.is_finished()) {
                 tokio::select! {
