@@ -2,10 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use lifl_api::{event::MetricsData, job::MAX_METRIC_NAME};
-
-/// Names of figures of a job, at most: each stands in every status.
-const MAX_NAMES: usize = 64;
+use lifl_api::event::{MAX_METRIC_NAME, MAX_METRICS, MetricsData};
 
 /// What clients and evaluators measured of one model.
 #[derive(Debug, Default)]
@@ -66,7 +63,7 @@ impl Figures {
             return true;
         }
         let kept = decisive.is_some_and(|d| d != name && !self.names.contains(d));
-        if name.is_empty() || name.len() > MAX_METRIC_NAME || self.names.len() + usize::from(kept) >= MAX_NAMES {
+        if name.is_empty() || name.len() > MAX_METRIC_NAME || self.names.len() + usize::from(kept) >= MAX_METRICS {
             return false;
         }
         self.names.insert(name.to_owned())
@@ -177,14 +174,14 @@ mod tests {
             data.metrics.extend((0..1000).map(|i| (format!("{client}-{i}"), 0.5)));
             figures.note(0, format!("c{client}"), client % 2 == 0, data, Some("zeta"));
         }
-        assert_eq!(figures.means().len(), MAX_NAMES - 1);
+        assert_eq!(figures.means().len(), MAX_METRICS - 1);
         for evaluator in [false, true, false] {
             let noted =
                 figures.note(0, "last".into(), evaluator, report(1, [("zeta", 0.5), ("eta", 0.5)]), Some("zeta"));
             assert_eq!(noted, Noted::Counts { dropped: 1 });
         }
         let means = figures.means();
-        assert!(means.len() == MAX_NAMES && means.contains_key("zeta"));
+        assert!(means.len() == MAX_METRICS && means.contains_key("zeta"));
         assert_eq!(figures.clients.len() + figures.evaluators.len(), 101, "a client reports once");
         assert!(figures.decisive("zeta", 1).is_some());
         // The next model's figures begin anew.

@@ -6,7 +6,7 @@ use bytes::BytesMut;
 use http::{Request, Response, StatusCode, header, request::Parts};
 use hyper::body::Incoming;
 use lifl_api::{
-    event::{AvailableData, MetricsData, attributes, client_source, types},
+    event::{AvailableData, MAX_METRIC_NAME, MAX_METRICS, MetricsData, attributes, client_source, types},
     http::{Joined, schema},
     node::FromGateway,
 };
@@ -23,10 +23,6 @@ use crate::{
 
 /// Longest control event of a sender who has not shown that it belongs here: enough to join.
 const MAX_STRANGE: usize = 64 << 10;
-/// Figures in an event of metrics.
-const MAX_METRICS: usize = 64;
-/// Bytes of a figure's name.
-const MAX_METRIC_NAME: usize = 128;
 
 /// Who sends a control event, as far as its head tells.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -3,6 +3,11 @@
 //! Attribute names are those of the wire without `ce-`. Values that CloudEvents cannot hold (64-bit numbers, floats)
 //! travel as decimal strings.
 
+/// Figures in an event of metrics, and of a model, at most: each stands in every status.
+pub const MAX_METRICS: usize = 64;
+/// Bytes of a figure's name, at most.
+pub const MAX_METRIC_NAME: usize = 128;
+
 /// Event types.
 pub mod types {
     /// A client is here, and asks for its token.

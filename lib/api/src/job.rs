@@ -10,7 +10,7 @@ use crate::quantity::{Bytes, Span};
 
 mod validate;
 
-pub use validate::{MAX_METRIC_NAME, MAX_SELECTED};
+pub use validate::MAX_SELECTED;
 
 /// A federated training job: rounds of client updates, aggregated to a model.
 #[derive(CustomResource, Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
@@ -465,7 +465,7 @@ impl FederatedJob {
 mod tests {
     use super::*;
 
-    const JOB: &str = "
+    pub(super) const JOB: &str = "
 apiVersion: fl.lifl.dev/v1alpha1
 kind: FederatedJob
 metadata: {name: digits, namespace: default}

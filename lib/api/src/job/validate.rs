@@ -1,12 +1,11 @@
 //! What the schema cannot say of a job: values that make no sense, alone or together.
 
 use super::{FederatedJob, FederatedJobSpec, JobError, UpdateKind};
+use crate::event::MAX_METRIC_NAME;
 
 /// Clients selected for a round, at most (`clientsPerRound` times `overProvision`): the ledger sets aside up to eleven
 /// records of 512 bytes for each of them before the first client joins, 563 MB for this many.
 pub const MAX_SELECTED: u32 = 100_000;
-/// Longest name of a metric, bytes.
-pub const MAX_METRIC_NAME: usize = 128;
 /// Longest DNS-1123 label: names become parts of host names and of paths.
 const MAX_LABEL: usize = 63;
 
@@ -144,21 +143,7 @@ fn label(path: &str, text: &str) -> Result<(), JobError> {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
-
-    const JOB: &str = "
-apiVersion: fl.lifl.dev/v1alpha1
-kind: FederatedJob
-metadata: {name: digits, namespace: default}
-spec:
-  model: {name: mlp, initial: {uri: file:///models/mlp.safetensors}}
-  rounds: 20
-  clientsPerRound: 20
-  minClients: 10
-  overProvision: 1.3
-  stop: {metric: accuracy, atLeast: 0.95}
-  checkpoint: {uri: file:///var/lib/lifl/digits, every: 1, keep: 3}
-";
+    use super::{super::tests::JOB, *};
 
     fn error(from: &str, to: &str) -> String {
         assert!(JOB.contains(from), "{from}");
@@ -207,7 +192,7 @@ spec:
         }
         let job = FederatedJob::from_yaml(&JOB.replace(", namespace: default", "")).unwrap();
         assert_eq!(job.namespace(), "default");
-        let error = self::error("name: digits, ", "");
+        let error = self::error("name: digits, namespace", "namespace");
         assert!(error.contains("metadata.name"), "{error}");
     }
 }
