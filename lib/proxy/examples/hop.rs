@@ -13,7 +13,12 @@ use lifl_proxy::{
     queue::{QUIET, Queue, Settings},
     reply,
 };
+use mimalloc::MiMalloc;
 use tokio::{net::TcpListener, runtime::Builder};
+
+/// As the gateway's process has it.
+#[global_allocator]
+static ALLOCATOR: MiMalloc = MiMalloc;
 
 struct Bare {
     http1: Upstream<Direct>,
@@ -64,7 +69,8 @@ async fn serve(
     };
     let timeouts = Timeouts { total: Duration::from_secs(300), ..Timeouts::default() };
     let pod_name = "hop".to_owned();
-    let settings = Settings { pod_name, concurrency, timeouts, readiness: vec![], quiet: QUIET };
+    let settings =
+        Settings { pod_name, concurrency, timeouts, readiness: vec![], http2_auto_detect: false, quiet: QUIET };
     let queue = Queue::new(pool, endpoint, 0, settings);
     Server::new(Arc::new(queue), Limits::default()).listen(&listener).await;
     Ok(())

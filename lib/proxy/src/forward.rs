@@ -2,26 +2,28 @@
 
 use std::{
     future::{Future, poll_fn},
-    pin::pin,
+    pin::{Pin, pin},
     sync::Arc,
     task::Poll,
     time::Duration,
 };
 
-use http::{HeaderValue, Method, Request, Response, StatusCode, header};
-use hyper::body::Body as _;
+use http::{HeaderValue, Method, Request, Response, StatusCode, header, response};
+use hyper::{body::Body as _, upgrade::OnUpgrade};
 use tokio::{sync::Notify, time::timeout};
 
 use crate::{
     endpoint::{Dial, Protocol},
     head::{self, Malformed, Peer},
     timeouts::{Clock, Expired},
-    upstream::{Body, SendError, Sent, Upstream},
+    upstream::{Body, Keep, SendError, Sent, Switch, Upstream},
 };
 
 mod tunnel;
 
 pub use tunnel::Tunnels;
+
+use tunnel::Carried;
 
 /// A client that wants to be told to go on is told after this, whatever the endpoint does.
 const CONTINUE: Duration = Duration::from_secs(1);
@@ -53,10 +55,15 @@ pub struct Ride<'a, K> {
     pub peer: &'a Peer,
     /// The time that the response may take.
     pub clock: Option<Clock>,
-    /// Dropped when the response has ended, a tunnel included.
+    /// Told of the answer, and dropped when the response has ended, a tunnel included.
     pub kept: K,
     /// Where tunnels are counted, and cut off.
     pub tunnels: &'a Tunnels,
+}
+
+enum Answered {
+    Response(Response<Body>),
+    Switch(response::Parts, OnUpgrade, Switch),
 }
 
 // === impl ForwardError ===
@@ -81,11 +88,52 @@ impl ForwardError {
 ///
 /// # Errors
 /// [`ForwardError`]; nothing has been written to the client then.
-pub async fn forward<D: Dial, K: Send + 'static>(
+pub async fn forward<D: Dial, K: Keep>(
     upstream: &Upstream<D>,
-    mut request: Request<Body>,
+    request: Request<Body>,
     ride: Ride<'_, K>,
 ) -> Result<Response<Body>, ForwardError> {
+    let Ride { peer, mut clock, mut kept, tunnels } = ride;
+    let answered = match ask(upstream, request, peer, clock.as_mut()).await {
+        Ok(answered) => answered,
+        Err(error) => {
+            kept.refused(error.status());
+            return Err(error);
+        }
+    };
+    match answered {
+        Answered::Response(response) => {
+            kept.head(response.status());
+            Ok(response.map(|body| body.with(clock, kept)))
+        }
+        Answered::Switch(parts, client, switch) => {
+            kept.head(StatusCode::SWITCHING_PROTOCOLS);
+            let carried = tunnels.open(peer, (client, switch), clock, kept);
+            let mut response = Response::from_parts(parts, Body::empty());
+            response.extensions_mut().insert(carried);
+            Ok(response)
+        }
+    }
+}
+
+/// The response, with what is to be dropped when it has ended, a tunnel included.
+pub fn carry<K: Keep>(response: Response<Body>, kept: K) -> Response<Body> {
+    match response.extensions().get::<Carried>() {
+        Some(carried) => {
+            carried.add(kept);
+            response
+        }
+        None => response.map(|body| body.with(None, kept)),
+    }
+}
+
+/// Sends the request; the head of the answer is as the client is to see it.
+async fn ask<D: Dial>(
+    upstream: &Upstream<D>,
+    mut request: Request<Body>,
+    peer: &Peer,
+    mut clock: Option<&mut Clock>,
+) -> Result<Answered, ForwardError> {
     if request.method() == Method::CONNECT {
         return Err(ForwardError::Method);
     }
@@ -93,8 +141,7 @@ pub async fn forward<D: Dial, K: Send + 'static>(
     let client = hyper::upgrade::on(&mut request);
     let (mut parts, body) = request.into_parts();
     let continues = protocol == Protocol::H1 && head::has_token(&parts.headers, &header::EXPECT, "100-continue");
-    let asked =
-        head::to_endpoint(&mut parts, ride.peer, protocol)?.then(|| parts.headers.get(header::UPGRADE).cloned());
+    let asked = head::to_endpoint(&mut parts, peer, protocol)?.then(|| parts.headers.get(header::UPGRADE).cloned());
     if protocol == Protocol::H1 && !body.is_end_stream() && body.size_hint().exact().is_none() {
         // Told expressly: of a GET hyper would take a body of unknown length for none.
         parts.headers.insert(header::TRANSFER_ENCODING, HeaderValue::from_static("chunked"));
@@ -103,21 +150,19 @@ pub async fn forward<D: Dial, K: Send + 'static>(
     if continues {
         request = wait_for_continue(request);
     }
-    let Ride { mut clock, kept, tunnels, .. } = ride;
-    match within(clock.as_mut(), upstream.send(request)).await?? {
+    match within(clock.as_deref_mut(), pin!(upstream.send(request))).await?? {
         Sent::Response(response) => {
-            if let Some(clock) = &mut clock {
+            if let Some(clock) = clock {
                 clock.wrote()?;
             }
             let (mut parts, body) = response.into_parts();
             head::from_endpoint(&mut parts);
-            Ok(Response::from_parts(parts, body.with(clock, kept)))
+            Ok(Answered::Response(Response::from_parts(parts, body)))
         }
         Sent::Switch(mut parts, switch) => {
             let asked: Option<HeaderValue> = asked.flatten();
             head::switched(&mut parts, asked.as_ref()).map_err(ForwardError::Response)?;
-            tunnels.open(client, switch, clock, kept);
-            Ok(Response::from_parts(parts, Body::empty()))
+            Ok(Answered::Switch(parts, client, switch))
         }
     }
 }
@@ -126,14 +171,18 @@ pub async fn forward<D: Dial, K: Send + 'static>(
 ///
 /// # Errors
 /// [`Expired`].
-pub async fn within<F: Future>(clock: Option<&mut Clock>, future: F) -> Result<F::Output, Expired> {
-    let mut future = pin!(future);
-    let Some(clock) = clock else { return Ok(future.await) };
-    poll_fn(|cx| match future.as_mut().poll(cx) {
+pub fn within<F: Future>(
+    mut clock: Option<&mut Clock>,
+    mut future: Pin<&mut F>,
+) -> impl Future<Output = Result<F::Output, Expired>> {
+    // Pinned by the caller: an argument of an async function is stored twice, and this one is large.
+    poll_fn(move |cx| match future.as_mut().poll(cx) {
         Poll::Ready(output) => Poll::Ready(Ok(output)),
-        Poll::Pending => clock.poll_expired(cx).map(Err),
+        Poll::Pending => match &mut clock {
+            Some(clock) => clock.poll_expired(cx).map(Err),
+            None => Poll::Pending,
+        },
     })
-    .await
 }
 
 /// Holds the body back until the endpoint has said `100 Continue`; reading it is what tells the client to go on.

@@ -1,6 +1,6 @@
 //! What a proxy changes in heads. Pure.
 
-use std::net::SocketAddr;
+use std::{any::Any, net::SocketAddr, sync::Arc};
 
 use http::{
     HeaderMap, HeaderName, HeaderValue, Uri, Version,
@@ -28,7 +28,8 @@ pub const X_FORWARDED_PROTO: HeaderName = HeaderName::from_static("x-forwarded-p
 
 const KEEP_ALIVE: HeaderName = HeaderName::from_static("keep-alive");
 const PROXY_CONNECTION: HeaderName = HeaderName::from_static("proxy-connection");
-const HTTP2_SETTINGS: HeaderName = HeaderName::from_static("http2-settings");
+/// Of an upgrade to h2c.
+pub(crate) const HTTP2_SETTINGS: HeaderName = HeaderName::from_static("http2-settings");
 /// Meant for one connection. `Trailer` stays, though it is on Go's list: hyper sends only trailers that it announces.
 static HOP_BY_HOP: [HeaderName; 9] = [
     CONNECTION,
@@ -49,6 +50,8 @@ pub struct Peer {
     pub addr: SocketAddr,
     /// The address as it goes into `X-Forwarded-For`; made once per connection.
     forwarded: HeaderValue,
+    /// What is held as long as its connection is, whatever becomes of that.
+    holds: Option<Arc<dyn Any + Send + Sync>>,
 }
 
 /// A request that cannot be passed on.
@@ -65,7 +68,35 @@ impl Peer {
         // IPv4 clients of an IPv6 listener are IPv4 clients.
         let ip = addr.ip().to_canonical();
         let forwarded = HeaderValue::try_from(ip.to_string()).unwrap_or(HeaderValue::from_static("unknown"));
-        Self { addr, forwarded }
+        Self { addr, forwarded, holds: None }
+    }
+
+    /// The same, with what is held as long as the connection is: a tunnel that it becomes included.
+    #[must_use]
+    pub fn holding<T: Send + Sync + 'static>(self, held: T) -> Self {
+        Self { holds: Some(Arc::new(held)), ..self }
+    }
+
+    pub(crate) fn held(&self) -> Option<Arc<dyn Any + Send + Sync>> {
+        self.holds.clone()
+    }
+}
+
+/// Takes away what the client's `Connection` names, and of itself leaves the wish for an upgrade only: `Upgrade` and `TE` are looked
+/// at later. It comes before anything is added to the head, for a client is not to take away what is added.
+pub(crate) fn drop_named(headers: &mut HeaderMap) {
+    if !headers.contains_key(CONNECTION) {
+        return;
+    }
+    let upgrades = has_token(headers, &CONNECTION, "upgrade");
+    let named = named(headers).filter(|name| !is_hop_by_hop(name));
+    for name in named.collect::<Vec<_>>() {
+        headers.remove(name);
+    }
+    if upgrades {
+        headers.insert(CONNECTION, HeaderValue::from_static("Upgrade"));
+    } else {
+        headers.remove(CONNECTION);
     }
 }
 
@@ -194,15 +225,17 @@ fn tokens(value: &[u8]) -> impl Iterator<Item = &[u8]> {
     value.split(|byte| *byte == b',').map(|token| token.trim_ascii()).filter(|token| !token.is_empty())
 }
 
+/// What `Connection` names.
+fn named(headers: &HeaderMap) -> impl Iterator<Item = HeaderName> {
+    let values = headers.get_all(CONNECTION).into_iter();
+    let tokens = values.flat_map(|value| tokens(value.as_bytes()));
+    // The host is no header to take away: without it a request has no meaning.
+    tokens.filter_map(|token| HeaderName::from_bytes(token).ok()).filter(|name| name != HOST)
+}
+
 fn strip_hop_by_hop(headers: &mut HeaderMap) {
     if headers.contains_key(CONNECTION) {
-        let named: Vec<HeaderName> = (headers.get_all(CONNECTION).into_iter())
-            .flat_map(|value| tokens(value.as_bytes()))
-            .filter_map(|token| HeaderName::from_bytes(token).ok())
-            // The host is no header to take away: without it a request has no meaning.
-            .filter(|name| name != HOST)
-            .collect();
-        for name in named {
+        for name in named(headers).collect::<Vec<_>>() {
             headers.remove(name);
         }
     }

@@ -13,6 +13,7 @@
 //! | `forward` | one request to an endpoint and back: heads, trailers, upgrades, cancelling |
 //! | `upstream` | connections to endpoints, shared by all threads; the one body type |
 //! | `breaker`, `timeouts`, `stats`, `head` | rules, told the time and asked |
+//! | `observe` | figures, lines and traces of requests; costs nothing where nobody asks for them |
 //! | `endpoint` | where requests go, and who dials |
 //! | `reply` | answers of our own |
 #![forbid(unsafe_code)]
@@ -21,6 +22,7 @@ pub mod breaker;
 pub mod endpoint;
 pub mod forward;
 pub mod head;
+pub mod observe;
 mod progress;
 pub mod queue;
 pub mod reply;
@@ -31,8 +33,8 @@ pub mod upstream;
 
 pub use breaker::{Breaker, Full, Permit};
 pub use endpoint::{Dial, Direct, Endpoint, Protocol};
-pub use forward::{ForwardError, Ride, Tunnels, forward};
+pub use forward::{ForwardError, Ride, Tunnels, carry, forward};
 pub use head::Peer;
 pub use serve::{Handle, Limits, Server};
 pub use timeouts::Timeouts;
-pub use upstream::{Body, BodyError, Pool, PoolLimits, Upstream};
+pub use upstream::{Body, BodyError, Keep, Pool, PoolLimits, Upstream};

@@ -5,11 +5,19 @@
 //!                        │ no
 //!                        └─> timeouts ─> Forwarded ─> stats ─> breaker ─> Host ─> the user's port
 //!  port 9090 ─> Figures: the stat message          port 8022 ─> Admin: wait-for-drain
+//!  port 9091 ─> Metrics: Prometheus, if asked for
 //! ```
 //!
 //! The protocol towards the user's container is the one that the client speaks.
 
-use std::{future::Future, net::SocketAddr, pin::Pin, sync::Arc, task::Poll, time::Duration};
+use std::{
+    future::Future,
+    net::SocketAddr,
+    pin::{Pin, pin},
+    sync::Arc,
+    task::Poll,
+    time::Duration,
+};
 
 use http::{HeaderMap, HeaderValue, Request, Response, StatusCode, Version, header};
 use prost::Message as _;
@@ -21,25 +29,32 @@ use crate::{
     head::{self, Peer},
     reply,
     serve::Handle,
-    stats::Stats,
+    stats::{Present, Stats},
     timeouts::{Clock, Timeouts},
     upstream::{Body, Pool, Upstream},
 };
 
 mod drain;
+mod meters;
 mod probe;
 mod readiness;
 #[cfg(test)]
 mod tests;
+mod watch;
 
 pub use drain::Drain;
 pub use probe::{K_NETWORK_HASH, K_NETWORK_PROBE, is_probe};
 pub use readiness::{Probe, ProbeError, Readiness};
+pub use watch::{Observe, RequestLog, resource};
+
+use watch::{Seen, Watch};
 
 /// No request for this long, and a draining pod is drained.
 pub const QUIET: Duration = Duration::from_secs(30);
 /// Tunnels of a drained pod are cut off after this.
 pub const TUNNELS: Duration = Duration::from_secs(60);
+
+const PROMETHEUS: HeaderValue = HeaderValue::from_static("text/plain; version=0.0.4; charset=utf-8");
 
 /// What is settled for a pod when it is made.
 #[derive(Clone, Debug)]
@@ -52,6 +67,8 @@ pub struct Settings {
     pub timeouts: Timeouts,
     /// All must pass for the pod to be ready.
     pub readiness: Vec<Probe>,
+    /// The user's port is asked whether it speaks h2c before it is probed over HTTP.
+    pub http2_auto_detect: bool,
     /// No request for this long, and a draining pod is drained.
     pub quiet: Duration,
 }
@@ -60,6 +77,7 @@ pub struct Settings {
 #[derive(Debug)]
 pub struct Queue<D> {
     pod_name: String,
+    user: SocketAddr,
     http1: Upstream<D>,
     h2c: Upstream<D>,
     breaker: Option<Breaker>,
@@ -68,11 +86,17 @@ pub struct Queue<D> {
     drain: Arc<Drain>,
     readiness: Readiness<D>,
     tunnels: Tunnels,
+    /// None where nobody asks for figures, lines or traces: then they cost nothing.
+    watch: Option<Arc<Watch>>,
 }
 
 /// Port 9090: the stat message.
 #[derive(Debug)]
 pub struct Figures<D>(pub Arc<Queue<D>>);
+
+/// Port 9091: what Prometheus reads.
+#[derive(Debug)]
+pub struct Metrics<D>(pub Arc<Queue<D>>);
 
 /// Port 8022: what the kubelet's preStop hook waits for.
 #[derive(Debug)]
@@ -91,19 +115,28 @@ impl<D: Dial> Queue<D> {
     /// The proxy of the pod whose container listens at `user` in network namespace `place`.
     #[must_use]
     pub fn new(pool: &Pool<D>, user: SocketAddr, place: u64, settings: Settings) -> Self {
-        let Settings { pod_name, concurrency, timeouts, readiness, quiet } = settings;
+        let Settings { pod_name, concurrency, timeouts, readiness, http2_auto_detect, quiet } = settings;
         let at = |protocol| pool.upstream(Endpoint { addr: user, protocol, place });
         Self {
             pod_name,
+            user,
             http1: at(Protocol::H1),
             h2c: at(Protocol::H2c),
             breaker: Breaker::for_concurrency(concurrency),
             timeouts,
             stats: Stats::new(),
             drain: Arc::new(Drain::new(quiet)),
-            readiness: Readiness::new(pool.clone(), user, place, readiness),
+            readiness: Readiness::new(pool.clone(), user, place, readiness, http2_auto_detect),
             tunnels: Tunnels::new(),
+            watch: None,
         }
+    }
+
+    /// The same proxy, watched.
+    #[must_use]
+    pub fn observed(mut self, observe: Observe) -> Self {
+        self.watch = Watch::new(observe, self.user, self.breaker.is_some());
+        self
     }
 
     /// The pod is to end (SIGTERM): probes fail from now on; see [`Drain::done`].
@@ -152,35 +185,57 @@ impl<D: Dial> Queue<D> {
 
     async fn user(&self, mut request: Request<Body>, peer: &Peer) -> Response<Body> {
         let clock = self.timeouts.begin();
+        // A probe that nobody here answers is still no request of a user's.
+        let watch = self.watch.as_ref().filter(|_| !request.headers().contains_key(K_NETWORK_PROBE));
+        let seen = watch.map(|watch| watch.begin(&mut request, peer));
         let upstream = if request.version() == Version::HTTP_2 { &self.h2c } else { &self.http1 };
         head::shim_forwarded(request.headers_mut());
         let proxied = request.headers().get(head::K_PROXY_REQUEST).is_some_and(|by| by == "activator");
         let present = self.stats.come(proxied);
         let request = to_user(request);
-        match self.pass(upstream, request, peer, clock, present).await {
+        match self.pass(upstream, request, peer, clock, (present, seen)).await {
             Ok(response) => response,
             Err(refused) => refused,
         }
     }
 
-    async fn pass<K: Send + 'static>(
+    async fn pass(
         &self,
         upstream: &Upstream<D>,
         request: Request<Body>,
         peer: &Peer,
         mut clock: Option<Clock>,
-        present: K,
+        mut kept: (Present, Option<Seen>),
     ) -> Result<Response<Body>, Response<Body>> {
-        let tunnels = &self.tunnels;
-        let passed = match &self.breaker {
-            None => forward(upstream, request, Ride { peer, clock, kept: present, tunnels }).await,
+        let place = match &self.breaker {
+            None => None,
             Some(breaker) => {
-                let place = within(clock.as_mut(), breaker.acquire()).await;
-                let place = place.map_err(|expired| refusal(&expired.into()))?.map_err(full)?;
-                forward(upstream, request, Ride { peer, clock, kept: (place, present), tunnels }).await
+                let place = within(clock.as_mut(), pin!(breaker.acquire())).await;
+                match place.map_err(|expired| refusal(&expired.into())).and_then(|place| place.map_err(full)) {
+                    Ok(place) => Some(place),
+                    Err(refused) => {
+                        kept.1.iter_mut().for_each(|seen| seen.answered(&refused));
+                        return Err(refused);
+                    }
+                }
             }
         };
-        passed.map_err(|error| refusal(&error))
+        kept.1.iter_mut().for_each(Seen::admit);
+        let ride = Ride { peer, clock, kept: (place, kept), tunnels: &self.tunnels };
+        forward(upstream, request, ride).await.map_err(|error| refusal(&error))
+    }
+
+    /// Answers a probe, with a line if probes have lines.
+    async fn probed(&self, kind: probe::Kind, mut request: Request<Body>, peer: &Peer) -> Response<Body> {
+        let seen = self.watch.as_ref().and_then(|watch| watch.probe(&mut request, peer));
+        let response = match kind {
+            probe::Kind::Health => self.health(request.headers()).await,
+            probe::Kind::Network => probe::network(request.headers(), self.drain.draining()),
+        };
+        if let Some(mut seen) = seen {
+            seen.answered(&response);
+        }
+        response
     }
 }
 
@@ -208,8 +263,8 @@ fn full(full: Full) -> Response<Body> {
 impl<D: Dial> Handle for Queue<D> {
     async fn handle(&self, request: Request<Body>, peer: &Peer) -> Response<Body> {
         match probe::kind(request.headers()) {
-            Some(probe::Kind::Health) => self.health(request.headers()).await,
-            Some(probe::Kind::Network) => probe::network(request.headers(), self.drain.draining()),
+            // Boxed: rare, and so large that every request would be slower for holding it.
+            Some(kind) => Box::pin(self.probed(kind, request, peer)).await,
             None => {
                 self.drain.touch();
                 self.user(request, peer).await
@@ -229,6 +284,21 @@ impl<D: Dial> Handle for Figures<D> {
         let mut response = reply::empty(StatusCode::OK);
         *response.body_mut() = bytes::Bytes::from(stat).into();
         response.headers_mut().insert(header::CONTENT_TYPE, HeaderValue::from_static("application/protobuf"));
+        response
+    }
+}
+
+// === impl Metrics ===
+
+impl<D: Dial> Handle for Metrics<D> {
+    async fn handle(&self, request: Request<Body>, _: &Peer) -> Response<Body> {
+        let queue = &self.0;
+        let meters = queue.watch.as_ref().and_then(|watch| watch.meters());
+        let (Some(meters), "/metrics") = (meters, request.uri().path()) else { return not_found() };
+        let depth = queue.breaker.as_ref().map(Breaker::present);
+        let mut response = reply::empty(StatusCode::OK);
+        *response.body_mut() = meters.text(depth).into();
+        response.headers_mut().insert(header::CONTENT_TYPE, PROMETHEUS);
         response
     }
 }

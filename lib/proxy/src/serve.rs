@@ -3,25 +3,24 @@
 //! Bounded: connections, heads (bytes, fields and time), streams, what a client may have on the way of an upload, streams
 //! that it opens and resets at once. SETTINGS, PING and CONTINUATION floods are h2's to bound: it keeps one of each.
 
+use futures_util::FutureExt as _;
 use std::{
     convert::Infallible,
     fmt,
     future::Future,
     io,
-    sync::{
-        Arc, Mutex, PoisonError,
-        atomic::{AtomicBool, Ordering},
-    },
+    pin::pin,
+    sync::{Arc, Mutex, PoisonError},
     time::Duration,
 };
 
-use http::{Method, Request, Response, StatusCode, Version, header};
+use http::{HeaderValue, Method, Request, Response, StatusCode, Version, header};
 use hyper::{
-    body::Incoming,
+    body::{Body as _, Incoming},
     server::conn::{http1, http2},
     service::{HttpService, service_fn},
 };
-use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
+use hyper_util::rt::{TokioIo, TokioTimer};
 use tokio::{
     io::{AsyncRead, AsyncWrite},
     net::{TcpListener, TcpStream},
@@ -29,20 +28,35 @@ use tokio::{
     time::timeout,
 };
 
-use crate::{head::Peer, progress::Progress, reply, upstream::Body};
+use crate::{
+    head::{self, Peer},
+    progress::{Progress, Turn},
+    reply,
+    upstream::Body,
+};
 
 mod connection;
+mod end;
 mod h2c;
 mod sniff;
+mod streams;
 
+use end::{End, Phase, reached};
 use h2c::{Joined, Switch};
 use sniff::{Sniffed, Version as Spoken};
+use streams::Streams;
 
 /// A listener out of descriptors is asked again after this.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
 /// Bytes of a body read at once, if they come fast enough.
 const READ: usize = 256 << 10;
+
+/// Of one HTTP/2 answer, waiting for a client that does not read: a client may leave all of its streams so.
+const SEND: usize = 32 << 10;
+
+/// Of all uploads of one HTTP/2 connection: what it may cost at most while nobody reads them.
+const UPLOADS: u32 = 16 << 20;
 
 /// Answers requests.
 pub trait Handle: Send + Sync + 'static {
@@ -61,11 +75,15 @@ pub struct Limits {
     pub head: Duration,
     /// An idle connection is closed after this; zero is never.
     pub idle: Duration,
+    /// A client that takes nothing of its answers for this long is cut off; zero is never. Looked at each half of `head`.
+    pub stall: Duration,
     /// Streams of one HTTP/2 connection.
     pub streams: u32,
     /// Streams of one HTTP/2 connection that were reset before anybody looked at them.
     pub resets: usize,
-    /// What an HTTP/2 client may send of one upload before it is read.
+    /// What an HTTP/2 client may send of one upload before it is read: per round trip, as long as it is read. All uploads of a
+    /// connection may be 16 MiB ahead of their readers, which is the memory that a connection can cost; by default it takes 64
+    /// that nobody reads to stop the others.
     pub window: u32,
 }
 
@@ -78,10 +96,7 @@ struct Shared<H> {
     handler: Arc<H>,
     limits: Limits,
     places: Arc<Semaphore>,
-    /// Its receivers are the connections.
-    closing: watch::Sender<bool>,
-    /// The same, to be asked at no cost.
-    closed: AtomicBool,
+    end: Arc<End>,
 }
 
 /// One connection's requests have this in common.
@@ -89,6 +104,7 @@ struct Session<H> {
     handler: Arc<H>,
     peer: Peer,
     progress: Arc<Progress>,
+    end: Arc<End>,
     /// Set by the request that asks for HTTP/2 in place of HTTP/1.1: the last one of its connection.
     switch: Mutex<Option<Switch>>,
 }
@@ -102,9 +118,11 @@ impl Default for Limits {
             header_bytes: 64 << 10,
             head: Duration::from_secs(60),
             idle: Duration::ZERO,
+            // Knative's default for a whole request.
+            stall: Duration::from_secs(300),
             streams: 250,
             resets: 20,
-            window: 1 << 20,
+            window: 256 << 10,
         }
     }
 }
@@ -116,16 +134,15 @@ impl<H: Handle> Server<H> {
     #[must_use]
     pub fn new(handler: Arc<H>, limits: Limits) -> Self {
         let places = Arc::new(Semaphore::new(limits.connections.min(Semaphore::MAX_PERMITS)));
-        let closing = watch::Sender::new(false);
-        Self { shared: Arc::new(Shared { handler, limits, places, closing, closed: AtomicBool::new(false) }) }
+        Self { shared: Arc::new(Shared { handler, limits, places, end: Arc::new(End::new()) }) }
     }
 
     /// Accepts connections until [`Server::close`], or until whoever shares the socket has shut it down.
     pub async fn listen(&self, listener: &TcpListener) {
-        let mut closing = self.shared.closing.subscribe();
+        let mut told = self.shared.end.subscribe();
         loop {
             let accepted = tokio::select! {
-                _ = closing.wait_for(|closing| *closing) => return,
+                () = reached(&mut told, Phase::Closing) => return,
                 accepted = self.accept(listener) => accepted,
             };
             let (stream, peer, place) = match accepted {
@@ -133,11 +150,9 @@ impl<H: Handle> Server<H> {
                 Ok(None) => continue,
                 Err(_shut_down) => return,
             };
-            let server = self.clone();
-            tokio::spawn(async move {
-                server.connection(stream, peer).await;
-                drop(place);
-            });
+            // Counted from here on, not from when its task first runs.
+            let (server, told) = (self.clone(), self.shared.end.subscribe());
+            tokio::spawn(async move { server.told(stream, peer.holding(place), told).await }.boxed());
         }
     }
 
@@ -164,37 +179,47 @@ impl<H: Handle> Server<H> {
         }
     }
 
-    /// Serves one connection to its end; TLS, if any, is below.
-    pub async fn connection<I>(&self, mut io: I, peer: Peer)
+    /// Serves one connection to its end; TLS, if any, is below. A connection that was there before the server closed has its
+    /// first request answered, if it comes soon.
+    pub async fn connection<I>(&self, io: I, peer: Peer)
     where
         I: AsyncRead + AsyncWrite + Send + Unpin + 'static,
     {
-        let mut closing = self.shared.closing.subscribe();
-        let limits = &self.shared.limits;
+        self.told(io, peer, self.shared.end.subscribe()).await;
+    }
+
+    async fn told<I>(&self, mut io: I, peer: Peer, mut told: watch::Receiver<Phase>)
+    where
+        I: AsyncRead + AsyncWrite + Send + Unpin + 'static,
+    {
+        let Shared { handler, limits, end, .. } = &*self.shared;
         // The version is told by the first bytes: who sends none is not waited for longer than for a head.
-        let first = tokio::select! {
-            first = timeout(limits.head, sniff::version(&mut io)) => first,
-            _ = closing.wait_for(|closing| *closing) => return,
+        let first = {
+            let mut first = pin!(timeout(limits.head, sniff::version(&mut io)));
+            tokio::select! {
+                first = &mut first => first,
+                // A new socket has nothing to read until the reactor has looked, so nothing yet is no answer.
+                () = reached(&mut told, Phase::Closing) => timeout(connection::LAST, first).await.and_then(|first| first),
+            }
         };
         let Ok(Ok((version, read))) = first else { return };
         let progress = Arc::new(Progress::default());
-        let session = Arc::new(Session::new(Arc::clone(&self.shared.handler), peer, Arc::clone(&progress)));
+        let session = Arc::new(Session::new(Arc::clone(handler), peer, Arc::clone(&progress), Arc::clone(end)));
         let io = TokioIo::new(Sniffed::new(io, read, Arc::clone(&progress)));
-        let closed = &self.shared.closed;
         let ended = match version {
             Spoken::Http1 => {
                 let connection = self.http1().serve_connection(io, Arc::clone(&session).service()).with_upgrades();
-                match connection::drive(connection, &mut closing, closed, &progress, limits).await {
+                match connection::drive(connection, &mut told, end, &progress, limits).await {
                     Ok(()) => match session.switched() {
-                        Some(switch) => self.switch(switch, &session, &mut closing).await,
+                        Some(switch) => self.switch(switch, &session, &mut told).await,
                         None => Ok(()),
                     },
                     ended => ended,
                 }
             }
             Spoken::Http2 => {
-                let connection = self.http2().serve_connection(io, Arc::clone(&session).service());
-                connection::drive(connection, &mut closing, closed, &progress, limits).await
+                let connection = self.http2(&progress).serve_connection(io, Arc::clone(&session).service());
+                connection::drive(connection, &mut told, end, &progress, limits).await
             }
         };
         if let Err(error) = ended {
@@ -207,28 +232,40 @@ impl<H: Handle> Server<H> {
         &self,
         switch: Switch,
         session: &Arc<Session<H>>,
-        closing: &mut watch::Receiver<bool>,
+        told: &mut watch::Receiver<Phase>,
     ) -> hyper::Result<()> {
         let joined = Joined::new(TokioIo::new(switch.on.await?), switch.request);
-        let connection = self.http2().serve_connection(TokioIo::new(joined), Arc::clone(session).service());
-        connection::drive(connection, closing, &self.shared.closed, &session.progress, &self.shared.limits).await
+        let http2 = self.http2(&session.progress);
+        let connection = http2.serve_connection(TokioIo::new(joined), Arc::clone(session).service());
+        connection::drive(connection, told, &self.shared.end, &session.progress, &self.shared.limits).await
+    }
+
+    /// Clients are to go elsewhere before [`Server::close`]: connections are still accepted, but each is over after the answers
+    /// that are under way. HTTP/1.1 is told with its next answer, so idle connections are left alone; HTTP/2 is told at once, or
+    /// with its first request.
+    pub fn begin_drain(&self) {
+        self.shared.end.reach(Phase::Draining);
     }
 
     /// No more connections are accepted, idle ones are closed, the others after the requests that are under way.
     pub fn close(&self) {
-        self.shared.closed.store(true, Ordering::Release);
-        self.shared.closing.send_replace(true);
+        self.shared.end.reach(Phase::Closing);
+    }
+
+    /// Resolves when it is told to close; for who listens on its behalf.
+    pub async fn closing(&self) {
+        reached(&mut self.shared.end.subscribe(), Phase::Closing).await;
     }
 
     /// Waits until all connections are gone.
     pub async fn closed(&self) {
-        self.shared.closing.closed().await;
+        self.shared.end.all_gone().await;
     }
 
     /// Connections and listeners that are open.
     #[must_use]
     pub fn open(&self) -> usize {
-        self.shared.closing.receiver_count()
+        self.shared.end.open()
     }
 
     fn http1(&self) -> http1::Builder {
@@ -241,16 +278,19 @@ impl<H: Handle> Server<H> {
         builder
     }
 
-    fn http2(&self) -> http2::Builder<TokioExecutor> {
+    fn http2(&self, progress: &Arc<Progress>) -> http2::Builder<Streams> {
         let limits = &self.shared.limits;
-        let mut builder = http2::Builder::new(TokioExecutor::new());
+        // Streams that are not read must leave the others theirs.
+        let all = limits.window.saturating_mul(limits.streams.max(1)).min(UPLOADS.max(limits.window));
+        let mut builder = http2::Builder::new(Streams(Arc::clone(progress)));
         builder
             .timer(TokioTimer::new())
             .max_concurrent_streams(limits.streams)
             .max_header_list_size(limits.header_bytes)
             .max_pending_accept_reset_streams(limits.resets)
+            .max_send_buf_size(SEND)
             .initial_stream_window_size(limits.window)
-            .initial_connection_window_size(limits.window.saturating_mul(4));
+            .initial_connection_window_size(all);
         builder
     }
 }
@@ -270,8 +310,8 @@ impl<H> fmt::Debug for Server<H> {
 // === impl Session ===
 
 impl<H: Handle> Session<H> {
-    fn new(handler: Arc<H>, peer: Peer, progress: Arc<Progress>) -> Self {
-        Self { handler, peer, progress, switch: Mutex::new(None) }
+    fn new(handler: Arc<H>, peer: Peer, progress: Arc<Progress>, end: Arc<End>) -> Self {
+        Self { handler, peer, progress, end, switch: Mutex::new(None) }
     }
 
     fn service(
@@ -285,7 +325,8 @@ impl<H: Handle> Session<H> {
         let session = self;
         service_fn(move |request: Request<Incoming>| {
             let session = Arc::clone(&session);
-            async move { Ok::<_, Infallible>(session.answer(request).await) }
+            let turn = session.progress.begin();
+            async move { Ok::<_, Infallible>(session.answer(request, turn).await) }
         })
     }
 
@@ -293,8 +334,7 @@ impl<H: Handle> Session<H> {
         self.switch.lock().unwrap_or_else(PoisonError::into_inner).take()
     }
 
-    async fn answer(&self, mut request: Request<Incoming>) -> Response<Body> {
-        let turn = self.progress.begin();
+    async fn answer(&self, mut request: Request<Incoming>, turn: Turn) -> Response<Body> {
         if let Err(fault) = check(&request) {
             return refuse(fault);
         }
@@ -302,9 +342,27 @@ impl<H: Handle> Session<H> {
             *self.switch.lock().unwrap_or_else(PoisonError::into_inner) = Some(switch);
             return h2c::switching();
         }
+        head::drop_named(request.headers_mut());
+        // HTTP/1.1 has the same done by hyper.
+        let http2 = request.version() == Version::HTTP_2;
+        let bare = request.method() == Method::HEAD && http2;
         let mut response = self.handler.handle(request.map(Body::from), &self.peer).await;
+        if bare {
+            drop_body(&mut response);
+        }
+        if !http2 && response.status() != StatusCode::SWITCHING_PROTOCOLS && self.end.has_reached(Phase::Draining) {
+            response.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("close"));
+        }
         response.body_mut().during(turn);
         response
+    }
+}
+
+/// The head says what the body would have been.
+fn drop_body(response: &mut Response<Body>) {
+    let body = std::mem::take(response.body_mut());
+    if let Some(length) = body.size_hint().exact().filter(|length| *length > 0) {
+        response.headers_mut().entry(header::CONTENT_LENGTH).or_insert(length.into());
     }
 }
 
@@ -354,7 +412,7 @@ fn check_target<B>(request: &Request<B>) -> Result<(), &'static str> {
 
 fn refuse(fault: &str) -> Response<Body> {
     let mut response = reply::plain(StatusCode::BAD_REQUEST, format!("400 Bad Request: {fault}"));
-    response.headers_mut().insert(header::CONNECTION, http::HeaderValue::from_static("close"));
+    response.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("close"));
     response
 }
 

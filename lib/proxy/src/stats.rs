@@ -11,6 +11,8 @@ use std::{
 use prost::Message;
 use tokio::time::Instant;
 
+use crate::upstream::Keep;
+
 /// What a report covers.
 const PERIOD: Duration = Duration::from_secs(1);
 
@@ -204,6 +206,8 @@ fn lock(window: &Mutex<Window>) -> MutexGuard<'_, Window> {
 }
 
 // === impl Present ===
+
+impl Keep for Present {}
 
 impl Drop for Present {
     fn drop(&mut self) {

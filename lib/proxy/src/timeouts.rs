@@ -83,8 +83,13 @@ impl Deadlines {
         let after = |from: Instant, limit: Duration| (!limit.is_zero()).then(|| from.checked_add(limit)).flatten();
         let start = if self.wrote.is_none() { after(self.begun, self.limits.start) } else { None };
         let idle = after(self.wrote.unwrap_or(self.begun), self.limits.idle);
-        let total = after(self.begun, self.limits.total);
-        [start, idle, total].into_iter().flatten().min()
+        [start, idle, self.end()].into_iter().flatten().min()
+    }
+
+    /// When time is up whatever happens until then.
+    #[must_use]
+    pub fn end(&self) -> Option<Instant> {
+        (!self.limits.total.is_zero()).then(|| self.begun.checked_add(self.limits.total)).flatten()
     }
 
     /// Whether time is up.
@@ -97,6 +102,11 @@ impl Deadlines {
 // === impl Clock ===
 
 impl Clock {
+    /// When it rings at the latest.
+    pub(crate) fn end(&self) -> Option<Instant> {
+        self.deadlines.end()
+    }
+
     /// Bytes of the response went to the client. An error: time was up before they came.
     ///
     /// # Errors

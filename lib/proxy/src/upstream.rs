@@ -18,5 +18,5 @@ mod h2;
 mod pool;
 mod shelf;
 
-pub use body::{Body, BodyError};
+pub use body::{Body, BodyError, Keep};
 pub use pool::{Pool, PoolLimits, SendError, Sent, Switch, Upstream};

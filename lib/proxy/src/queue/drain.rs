@@ -4,6 +4,7 @@
 //! quiet time counts anew. `Draining => Open` if a hook has asked and no SIGTERM follows: the container alone is
 //! restarted. `Draining => Drained` after the quiet time, for good.
 
+use futures_util::FutureExt as _;
 use std::{
     pin::pin,
     sync::{
@@ -18,18 +19,27 @@ use tokio::{
     time::{Instant, sleep, sleep_until},
 };
 
-/// A hook that asks without a SIGTERM within this was called for a restart of the container.
-const TERM: Duration = Duration::from_secs(1);
+/// A hook that asks without a SIGTERM within this was called for a restart of the container. Long enough for a word that comes
+/// late, over a watch or an agent that is being restarted: a pod that drains for nothing costs less than one that takes
+/// requests at its end.
+const TERM: Duration = Duration::from_secs(10);
 
 /// How far the end of a pod has come.
 #[derive(Debug)]
 pub struct Drain {
-    state: Mutex<State>,
+    inner: Mutex<Inner>,
     /// Not `Open`: read at each request without the lock.
     begun: AtomicBool,
-    terminated: AtomicBool,
     changed: Notify,
     quiet: Duration,
+}
+
+#[derive(Debug)]
+struct Inner {
+    state: State,
+    terminated: bool,
+    /// Hooks that have asked: the last one alone decides whether it was a restart.
+    hooks: u64,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -46,9 +56,8 @@ impl Drain {
     #[must_use]
     pub fn new(quiet: Duration) -> Self {
         Self {
-            state: Mutex::new(State::Open),
+            inner: Mutex::new(Inner { state: State::Open, terminated: false, hooks: 0 }),
             begun: AtomicBool::new(false),
-            terminated: AtomicBool::new(false),
             changed: Notify::new(),
             quiet,
         }
@@ -62,14 +71,15 @@ impl Drain {
 
     /// The pod's SIGTERM.
     pub fn terminate(&self) {
-        self.terminated.store(true, Ordering::Release);
-        self.begin();
+        let mut inner = self.lock();
+        inner.terminated = true;
+        self.begin(&mut inner);
     }
 
     /// A request has come.
     pub fn touch(&self) {
         if self.draining()
-            && let State::Draining { since } = &mut *self.lock()
+            && let State::Draining { since } = &mut self.lock().state
         {
             *since = Instant::now();
         }
@@ -81,11 +91,11 @@ impl Drain {
             let mut changed = pin!(self.changed.notified());
             changed.as_mut().enable();
             let until = {
-                let mut state = self.lock();
-                match *state {
+                let mut inner = self.lock();
+                match inner.state {
                     State::Open | State::Drained => return,
                     State::Draining { since } if since + self.quiet <= Instant::now() => {
-                        *state = State::Drained;
+                        inner.state = State::Drained;
                         self.changed.notify_waiters();
                         return;
                     }
@@ -102,34 +112,43 @@ impl Drain {
     /// The container's preStop hook: begins to drain and waits for the end of it.
     pub async fn wait(this: &Arc<Self>) {
         let asked = Arc::clone(this);
+        let hook = {
+            let mut inner = this.lock();
+            inner.hooks += 1;
+            this.begin(&mut inner);
+            inner.hooks
+        };
         // Goes on if the hook goes away: a pod must not stay in between.
-        tokio::spawn(async move {
-            sleep(TERM).await;
-            if !asked.terminated.load(Ordering::Acquire) {
-                asked.reopen();
+        tokio::spawn(
+            async move {
+                sleep(TERM).await;
+                asked.reopen(hook);
             }
-        });
-        this.begin();
+            .boxed(),
+        );
         this.done().await;
     }
 
-    fn begin(&self) {
-        let mut state = self.lock();
-        if *state == State::Open {
-            *state = State::Draining { since: Instant::now() };
+    fn begin(&self, inner: &mut Inner) {
+        if inner.state == State::Open {
+            inner.state = State::Draining { since: Instant::now() };
             self.begun.store(true, Ordering::Release);
             self.changed.notify_waiters();
         }
     }
 
-    fn reopen(&self) {
-        let mut state = self.lock();
-        *state = State::Open;
+    /// Under the same lock as the SIGTERM, which may come at this very moment.
+    fn reopen(&self, hook: u64) {
+        let mut inner = self.lock();
+        if inner.terminated || inner.hooks != hook {
+            return;
+        }
+        inner.state = State::Open;
         self.begun.store(false, Ordering::Release);
         self.changed.notify_waiters();
     }
 
-    fn lock(&self) -> MutexGuard<'_, State> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    fn lock(&self) -> MutexGuard<'_, Inner> {
+        self.inner.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

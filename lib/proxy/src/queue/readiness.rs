@@ -7,7 +7,7 @@ use std::{
     fmt,
     future::Future,
     net::{IpAddr, Ipv4Addr, SocketAddr},
-    sync::{Arc, Mutex, PoisonError, Weak},
+    sync::{Arc, Mutex, OnceLock, PoisonError, Weak},
     time::Duration,
 };
 
@@ -23,6 +23,7 @@ use tokio::{
 
 use crate::{
     endpoint::{Dial, Endpoint, Protocol},
+    head::HTTP2_SETTINGS,
     upstream::{Body, Pool, Sent},
 };
 
@@ -56,6 +57,8 @@ pub struct Readiness<D> {
     user: SocketAddr,
     place: u64,
     probes: Vec<Probe>,
+    /// What HTTP probes speak; not known while the port is still to be asked.
+    protocol: OnceLock<Protocol>,
     /// The run that is under way, if any; owned by those who wait for it.
     run: Mutex<Weak<OnceCell<bool>>>,
 }
@@ -161,6 +164,20 @@ impl Probe {
     }
 }
 
+// === impl HttpGet ===
+
+impl HttpGet {
+    /// Without the headers that the user asks for.
+    fn request(&self, addr: SocketAddr) -> Option<Request<Body>> {
+        let path = if self.path.starts_with('/') { self.path.clone() } else { format!("/{}", self.path) };
+        let mut request = Request::new(Body::empty());
+        *request.uri_mut() = Uri::try_from(path).ok()?;
+        request.headers_mut().insert(header::HOST, HeaderValue::try_from(addr.to_string()).ok()?);
+        request.headers_mut().insert(header::USER_AGENT, AGENT);
+        Some(request)
+    }
+}
+
 impl Default for Port {
     fn default() -> Self {
         Self::Number(0)
@@ -170,8 +187,9 @@ impl Default for Port {
 // === impl Readiness ===
 
 impl<D: Dial> Readiness<D> {
-    pub(super) const fn new(pool: Pool<D>, user: SocketAddr, place: u64, probes: Vec<Probe>) -> Self {
-        Self { pool, user, place, probes, run: Mutex::new(Weak::new()) }
+    pub(super) fn new(pool: Pool<D>, user: SocketAddr, place: u64, probes: Vec<Probe>, detect: bool) -> Self {
+        let protocol = if detect { OnceLock::new() } else { OnceLock::from(Protocol::H1) };
+        Self { pool, user, place, probes, protocol, run: Mutex::new(Weak::new()) }
     }
 
     /// Whether all probes pass; waits for them, together with whoever asks meanwhile.
@@ -214,11 +232,8 @@ impl<D: Dial> Readiness<D> {
 
     /// Goes over the pool: the connection that has passed the probe carries the first request.
     async fn http(&self, get: &HttpGet, endpoint: Endpoint) -> Option<()> {
-        let path = if get.path.starts_with('/') { get.path.clone() } else { format!("/{}", get.path) };
-        let mut request = Request::new(Body::empty());
-        *request.uri_mut() = Uri::try_from(path).ok()?;
-        request.headers_mut().insert(header::HOST, HeaderValue::try_from(endpoint.addr.to_string()).ok()?);
-        request.headers_mut().insert(header::USER_AGENT, AGENT);
+        let endpoint = Endpoint { protocol: self.protocol(get, endpoint).await?, ..endpoint };
+        let mut request = get.request(endpoint.addr)?;
         for Header { name, value } in &get.http_headers {
             let (name, value) = (HeaderName::try_from(name).ok()?, HeaderValue::try_from(value).ok()?);
             if name == header::HOST {
@@ -227,11 +242,31 @@ impl<D: Dial> Readiness<D> {
                 request.headers_mut().append(name, value);
             }
         }
+        if endpoint.protocol == Protocol::H2c {
+            let host = request.headers_mut().remove(header::HOST)?;
+            *request.uri_mut() = Uri::try_from(format!("http://{}{}", host.to_str().ok()?, request.uri())).ok()?;
+            *request.version_mut() = http::Version::HTTP_2;
+        }
         let Sent::Response(response) = self.pool.upstream(endpoint).send(request).await.ok()? else { return None };
         let status = response.status();
         // Read to its end so that the connection can be used again; what it says does not count.
         let _read = Limited::new(response.into_body(), ANSWER).collect().await;
         (StatusCode::OK.as_u16()..400).contains(&status.as_u16()).then_some(())
+    }
+
+    /// Asked for once: whoever offers to change to h2c is probed in h2c, as whoever answers anything else is in HTTP/1.1.
+    async fn protocol(&self, get: &HttpGet, endpoint: Endpoint) -> Option<Protocol> {
+        if let Some(known) = self.protocol.get() {
+            return Some(*known);
+        }
+        let mut request = get.request(endpoint.addr)?;
+        *request.method_mut() = Method::OPTIONS;
+        let offer = [(header::CONNECTION, "Upgrade, HTTP2-Settings"), (header::UPGRADE, "h2c"), (HTTP2_SETTINGS, "")];
+        request.headers_mut().extend(offer.map(|(name, value)| (name, HeaderValue::from_static(value))));
+        let answer = self.pool.upstream(endpoint).send(request).await.ok()?;
+        let changes =
+            matches!(&answer, Sent::Switch(head, _) if head.headers.get(header::UPGRADE).is_some_and(|to| to == "h2c"));
+        Some(*self.protocol.get_or_init(|| if changes { Protocol::H2c } else { Protocol::H1 }))
     }
 
     async fn grpc(&self, grpc: &Grpc, endpoint: Endpoint) -> Option<()> {

@@ -16,6 +16,7 @@ fn queue(readiness: &str, user: SocketAddr) -> Arc<Queue<Direct>> {
         concurrency: 0,
         timeouts: Timeouts::default(),
         readiness: Probe::parse(readiness).expect("probes"),
+        http2_auto_detect: false,
         quiet: QUIET,
     };
     Arc::new(Queue::new(&Pool::new(Direct, PoolLimits::default()), user, 0, settings))
@@ -55,16 +56,27 @@ async fn knative_a_hook_without_sigterm_is_a_restart() {
     let queue = queue("[]", closed());
     let begun = Instant::now();
     Drain::wait(queue.drain()).await;
-    assert_eq!((begun.elapsed().as_secs(), queue.drain().draining()), (1, false), "the container is restarted");
+    assert_eq!((begun.elapsed().as_secs(), queue.drain().draining()), (10, false), "the container is restarted");
     let (hook, term) = (Drain::wait(queue.drain()), async {
-        sleep(Duration::from_millis(500)).await;
+        sleep(Duration::from_secs(9)).await;
         queue.terminate();
     });
     tokio::join!(hook, term);
-    assert_eq!((begun.elapsed().as_secs(), queue.drain().draining()), (31, true), "with SIGTERM the hook waits");
+    assert_eq!((begun.elapsed().as_secs(), queue.drain().draining()), (40, true), "with SIGTERM the hook waits");
     drop(tokio::time::timeout(Duration::ZERO, Drain::wait(queue.drain())).await);
-    sleep(Duration::from_secs(5)).await;
+    sleep(Duration::from_secs(15)).await;
     assert!(queue.drain().draining(), "a hook that comes later opens nothing");
+}
+
+#[tokio::test(start_paused = true)]
+async fn the_last_hook_alone_opens_a_pod_again() {
+    let queue = queue("[]", closed());
+    let hook = || async { drop(tokio::time::timeout(Duration::from_secs(7), Drain::wait(queue.drain())).await) };
+    hook().await;
+    hook().await;
+    assert!(queue.drain().draining(), "14 s after the first hook, 7 s after the second");
+    sleep(Duration::from_secs(4)).await;
+    assert!(!queue.drain().draining());
 }
 
 #[test]
@@ -136,4 +148,21 @@ async fn checks_that_overlap_share_one_run() {
     }
     accepting.abort();
     assert_eq!(seen.load(Ordering::SeqCst), 2, "three at once are one run, a later one is another");
+}
+
+#[tokio::test]
+async fn a_handler_goes_into_a_stack_of_tower_layers() {
+    let peer = Peer::new("192.0.2.1:5000".parse().expect("an address"));
+    let service = tower::ServiceBuilder::new()
+        .map_request(|mut request: Request<Body>| {
+            request.headers_mut().insert(K_NETWORK_PROBE, HeaderValue::from_static("probe"));
+            request.headers_mut().insert(K_NETWORK_HASH, HeaderValue::from_static("abc"));
+            request
+        })
+        .service(Service::new(queue("[]", closed()), peer));
+    let response = tower::ServiceExt::oneshot(service, Request::new(Body::empty())).await.expect("an answer");
+    assert_eq!(
+        (response.status(), &response.headers()[K_NETWORK_HASH]),
+        (StatusCode::OK, &HeaderValue::from_static("abc"))
+    );
 }

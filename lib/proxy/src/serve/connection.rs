@@ -3,12 +3,15 @@
 //! One timer per connection, set only while the connection could be waiting for a head, and then once per half of a
 //! head's time: a request costs no timer. So a slow head is cut off between one and one and a half times its time, and an
 //! idle connection without a limit costs nothing at all.
+//!
+//! A client that does not take its answer is cut off by the same timer: neither its socket nor its HTTP/2 windows may stay
+//! full for too long. While they are, nobody asks the answer's body for more, so the request's own timeouts do not ring:
+//! an answer past its deadline is cut off here too.
 
 use std::{
     convert::Infallible,
     future::{Future, poll_fn},
     pin::{Pin, pin},
-    sync::atomic::{AtomicBool, Ordering},
     task::Poll,
     time::Duration,
 };
@@ -19,22 +22,30 @@ use hyper::{
     server::conn::{http1, http2},
     service::HttpService,
 };
-use hyper_util::rt::TokioExecutor;
 use tokio::{
     sync::watch,
     time::{Instant, sleep},
 };
 
-use super::Limits;
+use super::{
+    Limits,
+    end::{End, Phase, reached},
+    streams::Streams,
+};
 use crate::{
     progress::{Look, Progress},
     upstream::Body,
 };
 
+/// For the first request of a connection that was there when the server closed.
+pub(super) const LAST: Duration = Duration::from_secs(1);
+
 /// A connection of either version.
 pub(super) trait Connection: Future<Output = hyper::Result<()>> {
     /// Whether bytes without a request are the head of one; HTTP/2 has others.
     const BYTES_ARE_HEADS: bool;
+    /// When it begins to close: HTTP/2 can be told to without the loss of a request.
+    const LEAVES: Phase;
 
     fn begin_close(self: Pin<&mut Self>);
 }
@@ -47,6 +58,8 @@ struct Patience {
     quiet: u32,
     /// Looks in a row at which bytes had come, but no request.
     slow: u32,
+    /// Looks in a row at which the client had taken not a byte of those that wait for it.
+    stuck: u32,
 }
 
 /// What follows from a look.
@@ -61,14 +74,20 @@ enum Verdict {
 /// Serves until the end; dropping the connection is the end of those that are too slow.
 pub(super) async fn drive<C: Connection>(
     connection: C,
-    closing: &mut watch::Receiver<bool>,
-    closed: &AtomicBool,
+    told: &mut watch::Receiver<Phase>,
+    end: &End,
     progress: &Progress,
     limits: &Limits,
 ) -> hyper::Result<()> {
     let mut connection = pin!(connection);
-    let mut told = pin!(closing.wait_for(|closing| *closing));
-    let (mut waiting, mut open) = (false, true);
+    // Only to be woken: `end` is asked for what it means.
+    let mut told = pin!(async {
+        for phase in [C::LEAVES, Phase::Closing] {
+            reached(told, phase).await;
+        }
+    });
+    let (mut waiting, mut all_told, mut leaving) = (false, false, false);
+    let mut last = None;
     let every = (limits.head / 2).max(Duration::from_millis(1));
     let mut timer = pin!(sleep(every));
     let (mut armed, mut patience) = (true, Patience::default());
@@ -77,23 +96,37 @@ pub(super) async fn drive<C: Connection>(
             if let Poll::Ready(ended) = connection.as_mut().poll(cx) {
                 return Poll::Ready(ended);
             }
-            // Asked once: it has this task's waker then, and asking takes a lock that all connections share.
-            if open && (!waiting || closed.load(Ordering::Acquire)) {
+            // Asked once: it has this task's waker then, and asking takes a lock that all connections share. A first word uses the
+            // waker up, whether it is the one that is waited for or not.
+            if !all_told && (!waiting || end.has_reached(Phase::Draining)) {
                 waiting = true;
-                if told.as_mut().poll(cx).is_ready() {
-                    open = false;
-                    connection.as_mut().begin_close();
-                    continue;
-                }
+                all_told = told.as_mut().poll(cx).is_ready();
+            }
+            if leaving || !end.has_reached(C::LEAVES) {
+                break;
+            }
+            // A client that has just come is let have its first request: it may be on its way.
+            if progress.has_begun() {
+                leaving = true;
+                connection.as_mut().begin_close();
+                continue;
+            }
+            if end.has_reached(Phase::Closing)
+                && last.get_or_insert_with(|| Box::pin(sleep(LAST))).as_mut().poll(cx).is_ready()
+            {
+                return Poll::Ready(Ok(()));
             }
             break;
         }
-        if !armed && progress.look().read != patience.seen.read {
+        if !armed && (progress.has_read() != patience.seen.read || progress.is_full()) {
             armed = true;
             timer.as_mut().reset(Instant::now() + every);
         }
         while armed && timer.as_mut().poll(cx).is_ready() {
-            match patience.look(progress.look(), C::BYTES_ARE_HEADS, every, limits.idle) {
+            if progress.cut_off(Instant::now(), every, limits.stall) {
+                return Poll::Ready(Ok(()));
+            }
+            match patience.look(progress.look(), C::BYTES_ARE_HEADS, every, limits) {
                 Verdict::Close => return Poll::Ready(Ok(())),
                 Verdict::Rest => armed = false,
                 Verdict::LookAgain => timer.as_mut().reset(Instant::now() + every),
@@ -110,9 +143,15 @@ impl Patience {
     /// Two looks in a row see all of a head's time.
     const LOOKS: u32 = 2;
 
-    fn look(&mut self, now: Look, bytes_are_heads: bool, every: Duration, idle: Duration) -> Verdict {
+    fn look(&mut self, now: Look, bytes_are_heads: bool, every: Duration, limits: &Limits) -> Verdict {
         let before = std::mem::replace(&mut self.seen, now);
-        if now.present > 0 || now.begun != before.begun {
+        let shut = before.full && now.full && now.wrote == before.wrote;
+        self.stuck = if shut { self.stuck + 1 } else { 0 };
+        if self.stuck > 0 && every * self.stuck >= limits.stall && !limits.stall.is_zero() {
+            return Verdict::Close;
+        }
+        let idle = limits.idle;
+        if now.present > 0 || now.full || now.begun != before.begun {
             (self.quiet, self.slow) = (0, 0);
             return Verdict::LookAgain;
         }
@@ -138,19 +177,21 @@ where
     S: HttpService<Incoming, ResBody = Body, Error = Infallible>,
 {
     const BYTES_ARE_HEADS: bool = true;
+    const LEAVES: Phase = Phase::Closing;
 
     fn begin_close(self: Pin<&mut Self>) {
         self.graceful_shutdown();
     }
 }
 
-impl<I, S> Connection for http2::Connection<I, S, TokioExecutor>
+impl<I, S> Connection for http2::Connection<I, S, Streams>
 where
     I: Read + Write + Unpin + Send + 'static,
     S: HttpService<Incoming, ResBody = Body, Error = Infallible>,
     S::Future: Send + 'static,
 {
     const BYTES_ARE_HEADS: bool = false;
+    const LEAVES: Phase = Phase::Draining;
 
     fn begin_close(self: Pin<&mut Self>) {
         self.graceful_shutdown();
@@ -163,13 +204,26 @@ mod tests {
 
     const EVERY: Duration = Duration::from_secs(30);
 
-    fn at(read: u64, begun: u64, present: u32) -> Look {
-        Look { read, begun, present }
+    fn at(read: u64, begun: u64, present: usize) -> Look {
+        Look { read, begun, present, ..Look::default() }
     }
 
     fn verdicts(looks: &[Look], idle: Duration) -> Vec<Verdict> {
-        let mut patience = Patience::default();
-        looks.iter().map(|look| patience.look(*look, true, EVERY, idle)).collect()
+        let (mut patience, limits) = (Patience::default(), Limits { idle, stall: EVERY * 2, ..Limits::default() });
+        looks.iter().map(|look| patience.look(*look, true, EVERY, &limits)).collect()
+    }
+
+    #[test]
+    fn who_takes_nothing_is_cut_off_and_who_waits_is_not() {
+        use Verdict::{Close, LookAgain};
+        let never = Duration::ZERO;
+        let busy = |full, wrote| Look { full, wrote, ..at(9, 1, 1) };
+        assert_eq!(verdicts(&[busy(false, 5); 5], never), [LookAgain; 5], "the endpoint takes its time");
+        assert_eq!(verdicts(&[busy(true, 5); 3], never), [LookAgain, LookAgain, Close], "a full socket");
+        let slow: Vec<Look> = (0..5).map(|n| busy(true, n)).collect();
+        assert_eq!(verdicts(&slow, never), [LookAgain; 5], "it takes a little, now and then");
+        let answered = Look { full: true, ..at(9, 1, 0) };
+        assert_eq!(verdicts(&[answered; 3], never), [LookAgain, LookAgain, Close], "all is said, and not taken");
     }
 
     #[test]

@@ -11,7 +11,7 @@ use std::{
 };
 
 use bytes::{Buf as _, BufMut as _, Bytes, BytesMut};
-use http::{HeaderName, HeaderValue, Request, Response, StatusCode, Version, header};
+use http::{HeaderValue, Request, Response, StatusCode, Version, header};
 use hyper::{
     body::{Body as _, Incoming},
     upgrade::OnUpgrade,
@@ -19,9 +19,12 @@ use hyper::{
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
 use super::sniff::PREFACE;
-use crate::{head, reply, upstream::Body};
+use crate::{
+    head::{self, HTTP2_SETTINGS},
+    reply,
+    upstream::Body,
+};
 
-const HTTP2_SETTINGS: HeaderName = HeaderName::from_static("http2-settings");
 const FRAME_HEAD: usize = 9;
 /// What every HTTP/2 peer takes as one frame; a longer head stays with HTTP/1.1.
 const FRAME: usize = 16_384;

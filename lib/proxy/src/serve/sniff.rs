@@ -55,6 +55,14 @@ impl<I> Sniffed<I> {
     pub(super) fn new(io: I, first: Bytes, progress: Arc<Progress>) -> Self {
         Self { io, first, progress }
     }
+
+    fn written(&self, written: &Poll<io::Result<usize>>) {
+        match written {
+            Poll::Pending => self.progress.full(),
+            Poll::Ready(Ok(bytes)) => self.progress.wrote(*bytes),
+            Poll::Ready(Err(_)) => {}
+        }
+    }
 }
 
 impl<I: AsyncRead + Unpin> AsyncRead for Sniffed<I> {
@@ -76,7 +84,10 @@ impl<I: AsyncRead + Unpin> AsyncRead for Sniffed<I> {
 
 impl<I: AsyncWrite + Unpin> AsyncWrite for Sniffed<I> {
     fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
-        Pin::new(&mut self.get_mut().io).poll_write(cx, buf)
+        let this = self.get_mut();
+        let written = Pin::new(&mut this.io).poll_write(cx, buf);
+        this.written(&written);
+        written
     }
 
     fn poll_flush(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
@@ -96,7 +107,10 @@ impl<I: AsyncWrite + Unpin> AsyncWrite for Sniffed<I> {
         cx: &mut Context<'_>,
         bufs: &[io::IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
-        Pin::new(&mut self.get_mut().io).poll_write_vectored(cx, bufs)
+        let this = self.get_mut();
+        let written = Pin::new(&mut this.io).poll_write_vectored(cx, bufs);
+        this.written(&written);
+        written
     }
 }
 

@@ -8,6 +8,7 @@ use std::{
 };
 
 use bytes::Bytes;
+use http::StatusCode;
 use http_body_util::combinators::UnsyncBoxBody;
 use hyper::body::{Body as HttpBody, Frame, Incoming, SizeHint};
 
@@ -55,9 +56,24 @@ enum Kind {
     Boxed(UnsyncBoxBody<Bytes, BodyError>),
 }
 
-struct Along<T: ?Sized = dyn Send> {
+/// What lives as long as a response is under way, and is told of it. Dropping it is the end.
+pub trait Keep: Send + 'static {
+    /// What the endpoint answers.
+    fn head(&mut self, _status: StatusCode) {}
+
+    /// What is answered in its place.
+    fn refused(&mut self, _status: StatusCode) {}
+
+    /// So many bytes of the body have passed.
+    fn passed(&mut self, _bytes: usize) {}
+
+    /// The body has ended as its sender meant it to. Who does not hear this was cut off.
+    fn whole(&mut self) {}
+}
+
+struct Along<T: ?Sized = dyn Keep> {
     clock: Option<Clock>,
-    _kept: T,
+    kept: T,
 }
 
 // === impl Body ===
@@ -78,10 +94,14 @@ impl Body {
     /// This body with the clock of its request, and with what is to be dropped when it ends: a place in the breaker, a
     /// request's count.
     #[must_use]
-    pub fn with<T: Send + 'static>(mut self, clock: Option<Clock>, kept: T) -> Self {
+    pub fn with<T: Keep>(mut self, clock: Option<Clock>, mut kept: T) -> Self {
+        if self.kind.is_end() {
+            kept.whole();
+        }
         self.along = Some(match self.along {
-            None => Box::new(Along { clock, _kept: kept }),
-            Some(former) => Box::new(Along { clock, _kept: (kept, former) }),
+            None => Box::new(Along { clock, kept }),
+            // One of two clocks counts: nobody has both.
+            Some(mut former) => Box::new(Along { clock: clock.or_else(|| former.clock.take()), kept: (kept, former) }),
         });
         self
     }
@@ -107,7 +127,8 @@ impl Body {
     }
 
     /// This body is of the answer to `turn`.
-    pub(crate) fn during(&mut self, turn: Turn) {
+    pub(crate) fn during(&mut self, mut turn: Turn) {
+        turn.answered(self.along.as_ref().and_then(|along| along.clock.as_ref()).and_then(Clock::end));
         self.during = Some(turn);
     }
 
@@ -116,7 +137,9 @@ impl Body {
         if let Kind::Leased(_, lease) = std::mem::take(&mut self.kind) {
             lease.give_back();
         }
-        self.along = None;
+        if let Some(mut along) = self.along.take() {
+            along.kept.whole();
+        }
         self.during = None;
     }
 
@@ -135,8 +158,12 @@ impl HttpBody for Body {
     fn poll_frame(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, BodyError>>> {
         let this = self.get_mut();
         let frame = match this.kind.poll(cx) {
-            Poll::Ready(frame) => frame,
+            Poll::Ready(frame) => {
+                this.during.iter_mut().for_each(Turn::took);
+                frame
+            }
             Poll::Pending => {
+                this.during.iter_mut().for_each(Turn::waits);
                 let clock = this.along.as_mut().and_then(|along| along.clock.as_mut());
                 let Some(clock) = clock else { return Poll::Pending };
                 let Poll::Ready(expired) = clock.poll_expired(cx) else { return Poll::Pending };
@@ -146,11 +173,14 @@ impl HttpBody for Body {
         };
         match frame {
             Some(Ok(frame)) => {
-                if let Some(clock) = this.along.as_mut().and_then(|along| along.clock.as_mut())
-                    && let Err(expired) = clock.wrote()
-                {
-                    this.cut();
-                    return Poll::Ready(Some(Err(expired.into())));
+                if let Some(along) = &mut this.along {
+                    if let Some(Err(expired)) = along.clock.as_mut().map(Clock::wrote) {
+                        this.cut();
+                        return Poll::Ready(Some(Err(expired.into())));
+                    }
+                    if let Some(data) = frame.data_ref() {
+                        along.kept.passed(data.len());
+                    }
                 }
                 if this.kind.is_end() {
                     this.end();
@@ -218,6 +248,69 @@ impl From<Incoming> for Body {
     fn from(incoming: Incoming) -> Self {
         let kind = if HttpBody::is_end_stream(&incoming) { Kind::Empty } else { Kind::Incoming(incoming) };
         Self { kind, along: None, during: None }
+    }
+}
+
+// === impl Keep ===
+
+impl Keep for () {}
+
+impl<K: Keep> Keep for Option<K> {
+    fn head(&mut self, status: StatusCode) {
+        self.iter_mut().for_each(|kept| kept.head(status));
+    }
+
+    fn refused(&mut self, status: StatusCode) {
+        self.iter_mut().for_each(|kept| kept.refused(status));
+    }
+
+    fn passed(&mut self, bytes: usize) {
+        self.iter_mut().for_each(|kept| kept.passed(bytes));
+    }
+
+    fn whole(&mut self) {
+        self.iter_mut().for_each(Keep::whole);
+    }
+}
+
+impl<A: Keep, B: Keep> Keep for (A, B) {
+    fn head(&mut self, status: StatusCode) {
+        self.0.head(status);
+        self.1.head(status);
+    }
+
+    fn refused(&mut self, status: StatusCode) {
+        self.0.refused(status);
+        self.1.refused(status);
+    }
+
+    fn passed(&mut self, bytes: usize) {
+        self.0.passed(bytes);
+        self.1.passed(bytes);
+    }
+
+    fn whole(&mut self) {
+        self.0.whole();
+        self.1.whole();
+    }
+}
+
+/// What a body carried along before it was given something else.
+impl Keep for Box<Along> {
+    fn head(&mut self, status: StatusCode) {
+        self.kept.head(status);
+    }
+
+    fn refused(&mut self, status: StatusCode) {
+        self.kept.refused(status);
+    }
+
+    fn passed(&mut self, bytes: usize) {
+        self.kept.passed(bytes);
+    }
+
+    fn whole(&mut self) {
+        self.kept.whole();
     }
 }
 

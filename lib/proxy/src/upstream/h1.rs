@@ -6,7 +6,7 @@ use std::{
     io,
     pin::{Pin, pin},
     sync::{
-        Arc,
+        Arc, Weak,
         atomic::{AtomicBool, AtomicUsize, Ordering},
     },
     task::{Context, Poll, Waker},
@@ -48,7 +48,8 @@ struct Connection {
     driver: http1::Connection<TokioIo<Doubtful>, Body>,
     /// Set to have the kernel asked.
     doubt: Arc<AtomicBool>,
-    shelf: Arc<Shelf>,
+    /// The shelf owns what lies on it: owned in turn, neither would ever end.
+    shelf: Weak<Shelf>,
     idle_since: Instant,
     /// Polled to its end: another poll would shut down a stream that has been handed over.
     ended: bool,
@@ -72,7 +73,7 @@ impl Lease {
     pub(super) async fn handshake(
         stream: TcpStream,
         header_bytes: usize,
-        shelf: Arc<Shelf>,
+        shelf: Weak<Shelf>,
         alive: Alive,
     ) -> hyper::Result<Self> {
         let doubt = Arc::new(AtomicBool::new(false));
@@ -92,6 +93,11 @@ impl Lease {
         if now.saturating_duration_since(self.0.idle_since) >= DOUBTED {
             self.0.doubt.store(true, Ordering::Relaxed);
         }
+        self.open()
+    }
+
+    /// The same as far as the reactor has said: asks the kernel nothing.
+    pub(super) fn open(&mut self) -> bool {
         // Nobody is to be woken: the connection is polled again with the request.
         let open = self.poll(&mut Context::from_waker(Waker::noop())).is_pending();
         open && self.0.sender.is_ready()
@@ -137,11 +143,12 @@ impl Lease {
         (io.into_inner().stream, read_buf)
     }
 
-    /// After the response's end: back to the shelf, unless something is still under way.
+    /// After the response's end: back to the shelf, unless something is still under way or nobody sends there any more.
     pub(super) fn give_back(mut self) {
-        if self.poll(&mut Context::from_waker(Waker::noop())).is_pending() && self.0.sender.is_ready() {
+        if self.open()
+            && let Some(shelf) = self.0.shelf.upgrade()
+        {
             self.0.idle_since = Instant::now();
-            let shelf = Arc::clone(&self.0.shelf);
             shelf.put(self);
         }
     }

@@ -1,5 +1,6 @@
 //! All endpoints' connections, shared by all threads.
 
+use futures_util::FutureExt as _;
 use std::{
     collections::HashMap,
     fmt, io,
@@ -20,7 +21,7 @@ use tokio::{
 };
 
 use super::{
-    body::Body,
+    body::{Body, Keep},
     h1::{Alive, Lease},
     h2,
     shelf::Shelf,
@@ -29,6 +30,9 @@ use crate::endpoint::{Dial, Endpoint, Protocol};
 
 /// Connections that end before they carry a request are made again this often.
 const FRESH_TRIES: u32 = 3;
+
+/// Sweeps in the age of an idle connection: it may get older by one part of so many.
+const SWEEPS: u32 = 4;
 
 /// Bounds of a pool.
 #[derive(Clone, Copy, Debug)]
@@ -193,7 +197,8 @@ impl<D: Dial> Upstream<D> {
     pub async fn send(&self, request: Request<Body>) -> Result<Sent, SendError> {
         match self.host.endpoint.protocol {
             Protocol::H1 => self.send_h1(request).await,
-            Protocol::H2c => self.send_h2(request).await,
+            // Boxed, as is making a connection: what HTTP/1.1 on an open connection does not need is not part of its size.
+            Protocol::H2c => Box::pin(self.send_h2(request)).await,
         }
     }
 
@@ -212,7 +217,7 @@ impl<D: Dial> Upstream<D> {
                 Some(lease) => lease,
                 None => {
                     fresh += 1;
-                    self.pool.connect(&self.host).await?
+                    Box::pin(self.pool.connect(&self.host)).await?
                 }
             };
             let mut error = match lease.send(request).await {
@@ -254,7 +259,7 @@ fn answered(response: Response<Incoming>, lease: Lease, sending: Option<&AtomicB
     }
     if sending.is_some_and(|gone| !gone.load(Ordering::Acquire)) {
         // The response has overtaken its request: both must go on whoever reads or does not read.
-        let ends = Ends(tokio::spawn(lease.run()).abort_handle());
+        let ends = Ends(tokio::spawn(lease.run().boxed()).abort_handle());
         return Sent::Response(response.map(|body| Body::from(body).with(None, ends)));
     }
     Sent::Response(response.map(|body| Body::leased(body, lease)))
@@ -286,19 +291,29 @@ impl Switch {
 impl<D: Dial> Shared<D> {
     async fn connect(self: &Arc<Self>, host: &Host) -> Result<Lease, SendError> {
         let (stream, alive) = self.dial(host).await?;
-        Ok(Lease::handshake(stream, self.limits.header_bytes as usize, Arc::clone(&host.shelf), alive).await?)
+        Ok(Lease::handshake(stream, self.limits.header_bytes as usize, Arc::downgrade(&host.shelf), alive).await?)
     }
 
     async fn stream(self: &Arc<Self>, host: &Host) -> Result<h2::Stream, SendError> {
         if let Some(stream) = host.h2.take(self.limits.streams, Instant::now()) {
             return Ok(stream);
         }
+        let failures = host.h2.failures().0;
         let _alone = host.h2.dialling.lock().await;
         if let Some(stream) = host.h2.take(self.limits.streams, Instant::now()) {
             return Ok(stream);
         }
-        let (stream, alive) = self.dial(host).await?;
-        Ok(host.h2.add(stream, self.limits.header_bytes, alive).await?)
+        if let Some(source) = host.h2.failed_since(failures) {
+            return Err(SendError::Dial { to: host.endpoint.addr, source });
+        }
+        let (stream, alive) = match self.dial(host).await {
+            Err(SendError::Dial { to, source }) => {
+                host.h2.failed(&source);
+                return Err(SendError::Dial { to, source });
+            }
+            dialled => dialled?,
+        };
+        Ok(host.h2.add(stream, (self.limits.header_bytes, self.limits.streams), alive).await?)
     }
 
     async fn dial(self: &Arc<Self>, host: &Host) -> Result<(TcpStream, Alive), SendError> {
@@ -317,26 +332,29 @@ impl<D: Dial> Shared<D> {
         if self.swept.swap(true, Ordering::AcqRel) {
             return;
         }
-        let (pool, every) = (Arc::downgrade(self), self.limits.age / 8);
-        tokio::spawn(async move {
-            loop {
-                sleep(every).await;
-                let Some(pool) = pool.upgrade() else { return };
-                let now = Instant::now();
-                let hosts: Vec<Arc<Host>> = pool.hosts().values().filter_map(Weak::upgrade).collect();
-                for host in hosts {
-                    host.shelf.sweep(now);
-                    host.h2.sweep(pool.limits.age, now);
-                }
-                if pool.alive.load(Ordering::Acquire) == 0 {
-                    pool.swept.store(false, Ordering::Release);
-                    // Who connected just now saw the task running: it goes on.
-                    if pool.alive.load(Ordering::Acquire) == 0 || pool.swept.swap(true, Ordering::AcqRel) {
-                        return;
+        let (pool, every) = (Arc::downgrade(self), self.limits.age / SWEEPS);
+        tokio::spawn(
+            async move {
+                loop {
+                    sleep(every).await;
+                    let Some(pool) = pool.upgrade() else { return };
+                    let now = Instant::now();
+                    let hosts: Vec<Arc<Host>> = pool.hosts().values().filter_map(Weak::upgrade).collect();
+                    for host in hosts {
+                        host.shelf.sweep(now);
+                        host.h2.sweep(pool.limits.age, now);
+                    }
+                    if pool.alive.load(Ordering::Acquire) == 0 {
+                        pool.swept.store(false, Ordering::Release);
+                        // Who connected just now saw the task running: it goes on.
+                        if pool.alive.load(Ordering::Acquire) == 0 || pool.swept.swap(true, Ordering::AcqRel) {
+                            return;
+                        }
                     }
                 }
             }
-        });
+            .boxed(),
+        );
     }
 }
 
@@ -348,6 +366,8 @@ impl<D> Shared<D> {
 
 // === impl Gone ===
 
+impl Keep for Gone {}
+
 impl Drop for Gone {
     fn drop(&mut self) {
         self.0.store(true, Ordering::Release);
@@ -355,6 +375,8 @@ impl Drop for Gone {
 }
 
 // === impl Ends ===
+
+impl Keep for Ends {}
 
 impl Drop for Ends {
     fn drop(&mut self) {

@@ -75,10 +75,13 @@ impl Shelf {
 
     /// Closes what is too old or was closed by the other side.
     pub(super) fn sweep(&self, now: Instant) {
+        if self.idle() == 0 {
+            return;
+        }
         for row in 0..ROWS {
             let mut held = std::mem::take(&mut *self.row(row));
             let before = held.len();
-            held.retain_mut(|lease| now.saturating_duration_since(lease.idle_since()) < self.age && lease.usable(now));
+            held.retain_mut(|lease| now.saturating_duration_since(lease.idle_since()) < self.age && lease.open());
             self.idle.fetch_sub(before - held.len(), Ordering::Relaxed);
             // Older ones below those that came back meanwhile.
             let mut row = self.row(row);

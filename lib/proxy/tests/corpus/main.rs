@@ -74,11 +74,12 @@ fn main() {
         let title = format!("corpus_{name}{}", if found { "" } else { " (not installed: apt install it)" });
         Trial::test(title, move || against(name, start)).with_ignored_flag(!found)
     });
+    let hyper = Trial::test("corpus_hyper", against_hyper);
     let enough = Trial::test("corpus_size", || {
         let count = rows::rows().len();
         if count >= 150 { Ok(()) } else { Err(format!("{count} rows").into()) }
     });
-    libtest_mimic::run(&arguments, trials.into_iter().chain([enough]).collect()).exit();
+    libtest_mimic::run(&arguments, trials.into_iter().chain([hyper, enough]).collect()).exit();
 }
 
 type Start = fn(&Path, SocketAddr, SocketAddr) -> std::io::Result<Child>;
@@ -139,27 +140,59 @@ fn against(name: &str, start: Start) -> Result<(), Failed> {
         let rows = Arc::new(rows::rows());
         let (their_seen, our_seen) = tokio::join!(run(&rows, listen, &theirs), run(&rows, proxy, &ours));
         drop(opponent);
-        let mut faults = vec![];
-        for (number, (row, bytes)) in rows.iter().enumerate() {
-            let (theirs, ours) = (&their_seen[number], &our_seen[number]);
-            let known = LAXER.iter().any(|(begins, _)| row.starts_with(begins));
-            // Fewer is a refusal: what was passed on is the same.
-            let refused = theirs.starts_with(ours);
-            let laxer = ours.starts_with(theirs) && ours.len() > theirs.len();
-            let smuggled = |seen: &[Seen]| seen.iter().any(|(_, target, _)| target.ends_with("/smuggled"));
-            let right = refused || laxer && known;
-            if !right || smuggled(ours) && !smuggled(theirs) {
-                let word = if laxer { "we pass on what is refused" } else { "other requests" };
-                faults
-                    .push(format!("{number} {row}: {word}\n  stream {bytes:?}\n  {name} {theirs:?}\n  ours {ours:?}"));
-            }
-        }
-        let ends = our_seen.iter().filter(|seen| !seen.is_empty()).count();
-        if ends < rows.len() / 4 {
-            faults.push(format!("only {ends} of {} rows are understood at all", rows.len()));
-        }
-        if faults.is_empty() { Ok(()) } else { Err(format!("{}\n{} faults", faults.join("\n"), faults.len()).into()) }
+        compare(name, &rows, &their_seen, &our_seen)
     })
+}
+
+/// hyper's own server as a judge: it is asked directly, so what it sees is what stands in the stream.
+fn against_hyper() -> Result<(), Failed> {
+    tokio::runtime::Runtime::new()?.block_on(async {
+        let theirs = Record::default();
+        let listener = TcpListener::bind("127.0.0.1:0").await?;
+        let listen = listener.local_addr()?;
+        let record = theirs.clone();
+        tokio::spawn(async move {
+            while let Ok((stream, _)) = listener.accept().await {
+                let record = record.clone();
+                let service = hyper::service::service_fn(move |request: Request<hyper::body::Incoming>| {
+                    let record = record.clone();
+                    async move {
+                        record.note(request).await;
+                        Ok::<_, std::convert::Infallible>(Response::new(String::new()))
+                    }
+                });
+                let io = hyper_util::rt::TokioIo::new(stream);
+                tokio::spawn(hyper::server::conn::http1::Builder::new().serve_connection(io, service));
+            }
+        });
+        let (ours, endpoint) = Record::listen().await?;
+        let proxy = us(endpoint).await?;
+        let rows = Arc::new(rows::rows());
+        let (their_seen, our_seen) = tokio::join!(run(&rows, listen, &theirs), run(&rows, proxy, &ours));
+        compare("hyper", &rows, &their_seen, &our_seen)
+    })
+}
+
+fn compare(name: &str, rows: &[rows::Row], their_seen: &[Vec<Seen>], our_seen: &[Vec<Seen>]) -> Result<(), Failed> {
+    let mut faults = vec![];
+    for (number, (row, bytes)) in rows.iter().enumerate() {
+        let (theirs, ours) = (&their_seen[number], &our_seen[number]);
+        let known = LAXER.iter().any(|(begins, _)| row.starts_with(begins));
+        // Fewer is a refusal: what was passed on is the same.
+        let refused = theirs.starts_with(ours);
+        let laxer = ours.starts_with(theirs) && ours.len() > theirs.len();
+        let smuggled = |seen: &[Seen]| seen.iter().any(|(_, target, _)| target.ends_with("/smuggled"));
+        let right = refused || laxer && known;
+        if !right || smuggled(ours) && !smuggled(theirs) {
+            let word = if laxer { "we pass on what is refused" } else { "other requests" };
+            faults.push(format!("{number} {row}: {word}\n  stream {bytes:?}\n  {name} {theirs:?}\n  ours {ours:?}"));
+        }
+    }
+    let ends = our_seen.iter().filter(|seen| !seen.is_empty()).count();
+    if ends < rows.len() / 4 {
+        faults.push(format!("only {ends} of {} rows are understood at all", rows.len()));
+    }
+    if faults.is_empty() { Ok(()) } else { Err(format!("{}\n{} faults", faults.join("\n"), faults.len()).into()) }
 }
 
 async fn us(endpoint: SocketAddr) -> std::io::Result<SocketAddr> {
@@ -169,6 +202,7 @@ async fn us(endpoint: SocketAddr) -> std::io::Result<SocketAddr> {
         concurrency: 0,
         timeouts: Timeouts::default(),
         readiness: vec![],
+        http2_auto_detect: false,
         quiet: QUIET,
     };
     debug_assert_eq!(pool.upstream(Endpoint::plain(endpoint, Protocol::H1)).idle(), 0);
@@ -221,6 +255,14 @@ impl Record {
 
 impl Handle for Record {
     async fn handle(&self, request: Request<Body>, _: &Peer) -> Response<Body> {
+        self.note(request).await;
+        Response::new(Body::empty())
+    }
+}
+
+impl Record {
+    /// Keeps a request, if its body comes to its end.
+    async fn note<B: hyper::body::Body>(&self, request: Request<B>) {
         let (parts, body) = request.into_parts();
         if let Ok(body) = body.collect().await {
             let target = parts.uri.path_and_query().map_or_else(|| parts.uri.to_string(), ToString::to_string);
@@ -229,7 +271,6 @@ impl Handle for Record {
             let seen = (parts.method.to_string(), target, body.to_bytes());
             self.0.lock().expect("no panic").entry(token).or_default().push(seen);
         }
-        Response::new(Body::empty())
     }
 }
 

@@ -179,6 +179,41 @@ async fn an_http_1_endpoint_is_no_http_2_endpoint() {
     assert_eq!(response.status(), StatusCode::BAD_GATEWAY);
 }
 
+/// Echoes, but for `/unread`, which it never reads.
+struct Reads;
+
+impl Handle for Reads {
+    async fn handle(&self, request: Request<Body>, peer: &Peer) -> Response<Body> {
+        if request.uri().path() == "/unread" {
+            std::future::pending::<()>().await;
+        }
+        Echo.handle(request, peer).await
+    }
+}
+
+#[tokio::test]
+async fn uploads_that_nobody_reads_stop_no_other() {
+    let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port");
+    let addr = listener.local_addr().expect("an address");
+    let server = Server::new(Arc::new(Reads), Limits::default());
+    let _reads = Aborts::new(async move { server.listen(&listener).await });
+    let (client, _client) = connect(addr).await;
+    let long = || Full::new(Bytes::from(vec![b'x'; 2 << 20])).boxed();
+    let _unread: Vec<_> = (0..32)
+        .map(|_| {
+            let mut client = client.clone();
+            let request = Request::post("http://h/unread").body(long()).expect("a request");
+            Aborts::new(async move { drop(client.send_request(request).await) })
+        })
+        .collect();
+    // What they may send is on its way before this one asks.
+    let mut client = client;
+    for _ in 0..3 {
+        let response = client.send_request(post(long())).await.expect("a response");
+        assert_eq!(response.into_body().collect().await.expect("a body").to_bytes().len(), 2 << 20);
+    }
+}
+
 /// A stream made of a poll function.
 fn futures_stream<T>(
     poll: impl FnMut(&mut std::task::Context<'_>) -> std::task::Poll<Option<T>>,

@@ -79,6 +79,7 @@ pub(crate) fn settings() -> Settings {
         concurrency: 0,
         timeouts: Timeouts::default(),
         readiness: vec![],
+        http2_auto_detect: false,
         quiet: lifl_proxy::queue::QUIET,
     }
 }
@@ -140,6 +141,15 @@ impl Wire {
 
     pub(crate) async fn write(&mut self, bytes: &str) {
         self.stream.write_all(bytes.as_bytes()).await.expect("written");
+    }
+
+    pub(crate) async fn write_bytes(&mut self, bytes: &[u8]) {
+        self.stream.write_all(bytes).await.expect("written");
+    }
+
+    /// False if the other side is gone.
+    pub(crate) async fn try_write(&mut self, bytes: &str) -> bool {
+        self.stream.write_all(bytes.as_bytes()).await.is_ok()
     }
 
     /// Some more bytes; false at the end of the stream.
