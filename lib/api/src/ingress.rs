@@ -16,13 +16,9 @@ use sha2::{Digest as _, Sha256};
 pub const CLASS_ANNOTATION: &str = "networking.knative.dev/ingress.class";
 /// The class that the gateway serves.
 pub const CLASS: &str = "lifl.ingress.networking.knative.dev";
-/// Header by which a prober learns which version of an Ingress is served.
-pub const HASH_HEADER: &str = "K-Network-Hash";
-/// Its value in a request that asks for the hash.
+/// Value of `K-Network-Hash` in a request that asks which version of an Ingress is served.
 pub const HASH_OVERRIDE: &str = "override";
-/// Header that makes a request a probe of the network.
-pub const PROBE_HEADER: &str = "K-Network-Probe";
-/// Its value from probers of an Ingress.
+/// Value of `K-Network-Probe` from probers of an Ingress.
 pub const PROBE_VALUE: &str = "probe";
 /// User-Agent of probers of an Ingress.
 pub const PROBER_USER_AGENT: &str = "Knative-Ingress-Probe";

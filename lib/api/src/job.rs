@@ -8,8 +8,10 @@ use serde::{Deserialize, Serialize};
 
 use crate::quantity::{Bytes, Span};
 
+mod object;
 mod validate;
 
+pub use object::JobObject;
 pub use validate::MAX_SELECTED;
 
 /// A federated training job: rounds of client updates, aggregated to a model.
@@ -25,6 +27,10 @@ pub use validate::MAX_SELECTED;
     derive = "PartialEq",
     printcolumn = r#"{"name":"Phase","type":"string","jsonPath":".status.phase"}"#,
     printcolumn = r#"{"name":"Round","type":"integer","jsonPath":".status.round"}"#,
+    printcolumn = r#"{"name":"Rounds","type":"integer","jsonPath":".spec.rounds"}"#,
+    printcolumn = r#"{"name":"Clients","type":"integer","jsonPath":".status.clients.registered"}"#,
+    printcolumn = r#"{"name":"Accuracy","type":"number","jsonPath":".status.metrics.accuracy"}"#,
+    printcolumn = r#"{"name":"Note","type":"string","jsonPath":".status.conditions[?(@.status==\"False\")].message"}"#,
     printcolumn = r#"{"name":"Age","type":"date","jsonPath":".metadata.creationTimestamp"}"#
 )]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
@@ -232,7 +238,7 @@ pub struct FederatedJobStatus {
     /// Last committed round.
     #[serde(default)]
     pub round: u32,
-    /// `Ready`, `Progressing`, `Succeeded`.
+    /// `Ready`, `Progressing`, `Succeeded`; `CheckpointIntact` and `SpecAccepted` where there was something to say of them.
     #[serde(default)]
     pub conditions: Vec<JobCondition>,
     /// Clients of the round under way.
@@ -264,7 +270,7 @@ pub enum Phase {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct JobCondition {
-    /// `Ready`, `Progressing` or `Succeeded`.
+    /// `Ready`, `Progressing`, `Succeeded`, `CheckpointIntact` or `SpecAccepted`.
     #[serde(rename = "type")]
     pub kind: String,
     /// `True`, `False` or `Unknown`.
@@ -275,6 +281,9 @@ pub struct JobCondition {
     pub message: String,
     /// RFC 3339.
     pub last_transition_time: String,
+    /// Generation of the spec that it speaks of, where there are generations.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub observed_generation: Option<i64>,
 }
 
 /// Clients of the round under way.

@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 use crate::{
     event::MetricsData,
     job::FederatedJob,
-    pod::{PodAsk, PodWord},
+    pod::{NodePod, PodAsk, PodPort, PodWord},
 };
 
 /// What an aggregator is to be. Roles change by message, without restart.
@@ -43,7 +43,7 @@ pub struct Tree {
 }
 
 /// Segments: words of writers (gateway, functions) to the agent.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub enum ToAgent {
     /// May I have a segment of so many bytes in this chain?
     Grant {
@@ -98,6 +98,16 @@ pub enum ToAgent {
     },
     /// The gateway, of a pod that it serves.
     Pod(PodAsk),
+    /// The gateway, after a (re)connection: a pod that it serves (listeners beside, in the order of `ports`). An agent whose
+    /// predecessor was replaced goes on with these: nothing that waits in them is lost.
+    Holds {
+        /// The pod.
+        pod: Box<NodePod>,
+        /// What each descriptor listens for.
+        ports: Vec<PodPort>,
+    },
+    /// The gateway: all that it holds is told.
+    HoldsAll,
 }
 
 /// Words of the agent to writers and members.
@@ -172,6 +182,9 @@ pub enum FromAgent {
     Pod(PodWord),
     /// The agent was restarted: ask again what was not answered.
     Adopted,
+    /// To a gateway: another one of this node serves the pods from now on. Accept no more of their connections, answer what there
+    /// is; the chains are gone.
+    Superseded,
     /// End after the current work.
     Drain,
 }
@@ -330,15 +343,28 @@ pub enum ToGateway {
         /// Chain.
         chain: u32,
     },
+    /// The job is no more: nothing of it is served or kept.
+    Remove {
+        /// Chain.
+        chain: u32,
+    },
+    /// Say again where everything stands, as after a connection: a job has come, whose chain may be known there.
+    Greet,
+    /// Take federated clients from here too (a listener beside), until the end of this connection. It is in the coordinator's own
+    /// pod: whoever calls that finds the one gateway that has its jobs.
+    Clients,
 }
 
 /// Words of the gateway to the coordinator.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub enum FromGateway {
-    /// After each (re)connection: where each known chain stands.
+    /// After each (re)connection, and when asked: where each known chain stands.
     Hello {
         /// All of them.
         chains: Vec<ChainState>,
+        /// It has a folder for the journals of jobs with `ackLevel: Disk`.
+        #[serde(default)]
+        journal: bool,
     },
     /// A client joined, or was heard of again after a restart.
     Joined {

@@ -105,7 +105,7 @@ pub enum PodWord {
         /// Key of the pod's network namespace.
         place: u64,
     },
-    /// After a (re)connection: every pod is told; what was not told is gone.
+    /// After a (re)connection and the gateway's `HoldsAll`: every pod is told; what was not told is gone.
     Synced,
 }
 
