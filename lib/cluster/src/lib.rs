@@ -11,9 +11,13 @@
 //! | module | what it holds |
 //! |---|---|
 //! | [`client`] | a client from a kubeconfig or from within a pod |
+//! | [`discovery`] | which kinds the API server knows |
+//! | [`notice`] | [`Notices`]: Events, each said once |
 //! | [`objects`] | a snapshot: objects by key, and what differs between two of them |
+//! | [`mod@read`] | [`get`]: single objects of kinds that are not to be listed |
 //! | `watch` | the watch: what a failure means, how long to wait |
 //! | [`store`] | [`Store`] and its [`Keeper`] |
+//! | [`registration`] | the root of a webhook's certificate, in its own registration |
 //! | [`mod@write`] | [`Writer`]: apply, and status writes that happen only when there is something to write |
 //!
 //! Nothing limits the rate of requests: a request goes out when it is made. What is bounded is their cause: there is one watch
@@ -21,14 +25,21 @@
 #![forbid(unsafe_code)]
 
 pub mod client;
+pub mod discovery;
+pub mod notice;
 pub mod objects;
+pub mod read;
+pub mod registration;
 pub mod store;
 mod watch;
 pub mod write;
 
 pub use client::{ConnectError, connect};
+pub use discovery::{DiscoveryError, knows};
 pub use kube::Client;
+pub use notice::{Crier, Notice, Notices};
 pub use objects::{Key, Objects};
+pub use read::{ReadError, get};
 pub use store::{Closed, Keeper, Kind, Selection, Store};
 pub use write::{StatusWrite, WriteError, Writer};
 

@@ -41,6 +41,21 @@ pub(crate) enum Update<K> {
     Part(Vec<Said<K>>),
 }
 
+// === impl Update ===
+
+impl<K> Update<K> {
+    /// The same with `trim` applied to each object.
+    pub(crate) fn trimmed(mut self, trim: fn(&mut K)) -> Self {
+        let (Self::Whole(said) | Self::Part(said)) = &mut self;
+        for one in said {
+            if let Said::Is(object) = one {
+                trim(object);
+            }
+        }
+        self
+    }
+}
+
 // === impl Key ===
 
 impl Key {

@@ -47,6 +47,7 @@ pub struct Store<K> {
 #[must_use = "a store changes only while its keeper runs"]
 pub struct Keeper<K> {
     watch: Watch<K>,
+    trim: fn(&mut K),
     current: watch::Sender<Arc<Objects<K>>>,
 }
 
@@ -90,11 +91,16 @@ impl<K: Kind> Store<K> {
     ///
     /// An API server that is away, or does not know the kind yet, is asked again until it answers: each failure is logged.
     pub async fn open(client: &Client, selection: &Selection) -> (Self, Keeper<K>) {
+        Self::open_trimmed(client, selection, |_| ()).await
+    }
+
+    /// The same, of objects from which `trim` has taken what their readers do not look at: a store keeps all of them in memory.
+    pub async fn open_trimmed(client: &Client, selection: &Selection, trim: fn(&mut K)) -> (Self, Keeper<K>) {
         let api = <K::Scope as Reach>::api::<DeserializeGuard<K>>(client.clone(), selection.namespace.as_deref());
         let mut watch = Watch::new(api, selection.labels.as_deref(), selection.fields.as_deref());
-        let first = Objects::default().after(watch.next().await).unwrap_or_default();
+        let first = Objects::default().after(watch.next().await.trimmed(trim)).unwrap_or_default();
         let (sender, current) = watch::channel(Arc::new(first));
-        (Self { current }, Keeper { watch, current: sender })
+        (Self { current }, Keeper { watch, trim, current: sender })
     }
 }
 
@@ -125,7 +131,7 @@ impl<K: Kind> Keeper<K> {
                 () = self.current.closed() => return,
             };
             // Built aside and swapped: readers see the old whole or the new whole.
-            let next = self.current.borrow().after(update);
+            let next = self.current.borrow().after(update.trimmed(self.trim));
             if let Some(next) = next {
                 self.current.send_replace(Arc::new(next));
             }

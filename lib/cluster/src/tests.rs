@@ -13,7 +13,7 @@ use lifl_api::job::{FederatedJob, FederatedJobStatus};
 use serde_json::{Value, json};
 use server::{Server, Watcher};
 
-use crate::{Closed, Keeper, Key, Selection, StatusWrite, Store, Writer};
+use crate::{Closed, Keeper, Key, Notice, Notices, Selection, StatusWrite, Store, Writer, get};
 
 /// The map of this name and version, with nothing in it.
 pub(crate) fn map(name: &str, version: &str) -> ConfigMap {
@@ -206,6 +206,26 @@ async fn who_has_no_reader_stops_and_who_has_no_keeper_learns_it() {
     server.closed().await;
 }
 
+#[tokio::test(start_paused = true)]
+async fn what_nobody_looks_at_is_not_kept() {
+    let (client, mut server) = Server::start();
+    let full = |name, version| {
+        let data = [("kept", "a"), ("large", "b")].map(|(key, value)| (key.to_owned(), value.to_owned()));
+        ConfigMap { data: Some(data.into()), ..map(name, version) }
+    };
+    let trim = |map: &mut ConfigMap| map.data.iter_mut().for_each(|data| data.retain(|key, _| key == "kept"));
+    let opening = tokio::spawn(async move { Store::open_trimmed(&client, &Selection::default(), trim).await });
+    server.asked("GET", "/api/v1/configmaps?limit=500").await.answer(200, &list("10", None, &[full("a", "1")]));
+    let (mut store, keeper) = opening.await.unwrap();
+    tokio::spawn(Keeper::run(keeper));
+    server.watched_from("10").await.say(&event("ADDED", &full("b", "11")));
+    let objects = store.changed().await.unwrap();
+    for name in ["a", "b"] {
+        let data = objects.get(&key(name)).unwrap().data.as_ref().unwrap();
+        assert_eq!(data.keys().collect::<Vec<_>>(), ["kept"], "{name}");
+    }
+}
+
 fn job(status: Option<FederatedJobStatus>) -> FederatedJob {
     let spec = json!({"model": {"name": "m", "initial": {"fromFirstClient": true}}, "rounds": 1, "clientsPerRound": 1, "checkpoint": {"uri": "file:///m"}});
     let mut job = FederatedJob::new("digits", serde_json::from_value(spec).unwrap());
@@ -258,6 +278,67 @@ async fn what_is_applied_has_our_name_and_no_one_elses_bookkeeping() {
     call.answer(403, &json!({"kind": "Status", "code": 403, "message": "no"}));
     let error = applying.await.unwrap().unwrap_err().to_string();
     assert!(error.starts_with("FederatedJob default/digits: "), "{error}");
+}
+
+#[tokio::test]
+async fn one_object_is_read_by_its_name() {
+    for (code, answer) in [
+        (200, serde_json::to_value(map("a", "1")).unwrap()),
+        (404, json!({"kind": "Status", "code": 404, "reason": "NotFound", "message": "no"})),
+        (403, json!({"kind": "Status", "code": 403, "reason": "Forbidden", "message": "no"})),
+    ] {
+        let (client, mut server) = Server::start();
+        let reading = tokio::spawn(async move { get::<ConfigMap>(&client, &key("a")).await });
+        server.asked("GET", "/api/v1/namespaces/default/configmaps/a").await.answer(code, &answer);
+        match (code, reading.await.unwrap()) {
+            (200, Ok(Some(found))) => assert_eq!(found, map("a", "1")),
+            (404, Ok(None)) => {}
+            (403, Err(error)) => assert!(error.to_string().starts_with("ConfigMap default/a: "), "{error}"),
+            (_, other) => panic!("{code}: {other:?}"),
+        }
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_event_is_sent_until_the_api_server_has_it_or_will_not() {
+    let (client, mut server) = Server::start();
+    let (notices, crier) = Notices::new("lifl-agent", "node0");
+    tokio::spawn(crier.run(client));
+    let about = |uid: &str| k8s_openapi::api::core::v1::ObjectReference {
+        namespace: Some("default".into()),
+        name: Some("web".into()),
+        uid: Some(uid.into()),
+        ..Default::default()
+    };
+    let notice = |uid: &str| Notice { about: about(uid), warning: true, reason: "PodNotServed", message: "no".into() };
+    for uid in ["u1", "u1", "u2", "u3", "u4"] {
+        notices.say(notice(uid));
+    }
+    const EVENTS: &str = "/api/v1/namespaces/default/events?";
+    let status = |code: u16| json!({"kind": "Status", "code": code, "message": "no"});
+    // Away, too busy, then it takes it; one that it has already; one that it refuses; and the next.
+    let rows = [("u1", 503), ("u1", 429), ("u1", 401), ("u1", 408), ("u1", 201), ("u2", 409), ("u3", 403), ("u4", 201)];
+    for (uid, code) in rows {
+        let call = server.asked("POST", EVENTS).await;
+        assert_eq!(call.body["involvedObject"]["uid"], uid);
+        assert_eq!((&call.body["reason"], &call.body["reportingInstance"]), (&json!("PodNotServed"), &json!("node0")));
+        let body = call.body.clone();
+        call.answer(code, &if code == 201 { body } else { status(code) });
+    }
+    // What was refused is not said over and over, and not never again.
+    for uid in ["u2", "u3", "u4"] {
+        assert!(!notices.say(notice(uid)), "{uid}");
+    }
+    tokio::time::advance(Duration::from_secs(600)).await;
+    for uid in ["u2", "u3", "u4"] {
+        assert_eq!(notices.say(notice(uid)), uid == "u3", "{uid}");
+    }
+    let call = server.asked("POST", EVENTS).await;
+    let body = call.body.clone();
+    assert_eq!(body["involvedObject"]["uid"], "u3");
+    call.answer(201, &body);
+    drop(notices);
+    server.closed().await;
 }
 
 #[tokio::test(start_paused = true)]
