@@ -1,6 +1,7 @@
 //! The admin port: `/metrics`, `/healthz`, `/readyz`, `/status`, served by the supervisor, so that no component needs a
 //! port for it and no stranger's bytes share a thread with it.
 
+use futures_util::FutureExt as _;
 use std::{collections::BTreeMap, convert::Infallible, sync::Arc};
 
 use bytes::Bytes;
@@ -29,23 +30,33 @@ pub async fn serve(listener: TcpListener, supervisor: Supervisor) {
             }
         };
         let supervisor = supervisor.clone();
-        tokio::spawn(async move {
-            let service = service_fn(|request| answer(request, supervisor.clone()));
-            let _the_scraper_left = hyper::server::conn::http1::Builder::new()
-                .timer(hyper_util::rt::TokioTimer::new())
-                .serve_connection(TokioIo::new(stream), service)
-                .await;
-            drop(permit);
-        });
+        tokio::spawn(
+            async move {
+                let service = service_fn(|request| answer(request, supervisor.clone()));
+                let _the_scraper_left = hyper::server::conn::http1::Builder::new()
+                    .timer(hyper_util::rt::TokioTimer::new())
+                    .serve_connection(TokioIo::new(stream), service)
+                    .await;
+                drop(permit);
+            }
+            .boxed(),
+        );
     }
 }
 
 async fn answer(request: Request<Incoming>, supervisor: Supervisor) -> Result<Response<Full<Bytes>>, Infallible> {
     let (status, kind, body) = match (request.method(), request.uri().path()) {
-        (&Method::GET | &Method::HEAD, "/healthz") => (StatusCode::OK, "text/plain", "ok\n".to_owned()),
-        (&Method::GET | &Method::HEAD, "/readyz") => match supervisor.is_ready() {
-            true => (StatusCode::OK, "text/plain", "ok\n".to_owned()),
-            false => (StatusCode::SERVICE_UNAVAILABLE, "text/plain", "a component is not ready\n".to_owned()),
+        (&Method::GET | &Method::HEAD, "/healthz") => match supervisor.stuck().as_slice() {
+            [] => (StatusCode::OK, "text/plain", "ok\n".to_owned()),
+            stuck => {
+                let text = format!("no answer from: {}\n", stuck.join(", "));
+                (StatusCode::SERVICE_UNAVAILABLE, "text/plain", text)
+            }
+        },
+        (&Method::GET | &Method::HEAD, "/readyz") => match (supervisor.is_ready(), supervisor.is_draining()) {
+            (true, _) => (StatusCode::OK, "text/plain", "ok\n".to_owned()),
+            (false, true) => (StatusCode::SERVICE_UNAVAILABLE, "text/plain", "draining\n".to_owned()),
+            (false, false) => (StatusCode::SERVICE_UNAVAILABLE, "text/plain", "a component is not ready\n".to_owned()),
         },
         (&Method::GET | &Method::HEAD, "/metrics") => {
             (StatusCode::OK, "text/plain; version=0.0.4", metrics(&supervisor).await)

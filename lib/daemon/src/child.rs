@@ -1,5 +1,6 @@
 //! A component's side of its supervisor.
 
+use futures_util::FutureExt as _;
 use std::{
     fs::File,
     io,
@@ -22,10 +23,14 @@ pub(crate) enum ToChild {
     Restored { key: String, meta: Value },
     /// All deposits are told: begin.
     Start { config: Value, first: bool, parent: i32, failpoint: Option<String> },
-    /// A channel to a sibling that (re)started (descriptor beside).
-    Peer { name: String },
+    /// A channel to a sibling that (re)started (descriptor beside); a hub says the same over a link.
+    Peer { name: String, epoch: u64 },
+    /// Another supervisor's component of this name has taken this one's place among the siblings; a hub says so over a link.
+    Superseded,
     /// Tell metrics and status.
     Scrape { id: u64 },
+    /// Tell that it is alive.
+    Ping,
     /// End in order.
     Drain,
 }
@@ -41,6 +46,8 @@ pub(crate) enum FromChild {
     Ready,
     /// Answer to a scrape.
     Scraped { id: u64, status: Value, metrics: String },
+    /// Answer to a ping.
+    Pong,
 }
 
 /// Something that outlives the component: descriptors under a name.
@@ -90,13 +97,33 @@ pub enum ChildError {
     Io(#[from] io::Error),
 }
 
+/// A sibling that (re)started, and the way to it.
+#[derive(Debug)]
+pub struct Sibling {
+    /// Its name.
+    pub name: String,
+    /// Its supervisor's: another one than before says that nothing of what the sibling had kept is left.
+    pub epoch: u64,
+    /// Replaces an older channel to the same name.
+    pub channel: Channel,
+}
+
+/// What a component hears of its siblings.
+#[derive(Debug)]
+pub enum Kin {
+    /// One that (re)started.
+    Sibling(Sibling),
+    /// Another component of this one's own name has taken its place: it is not told of siblings any more, unless that one goes.
+    Superseded,
+}
+
 type Status = Box<dyn Fn() -> Value + Send + Sync>;
 
 /// A component's side of its supervisor.
 #[derive(Debug)]
 pub struct Child {
     channel: Arc<Channel>,
-    peers: Mutex<mpsc::UnboundedReceiver<(String, Channel)>>,
+    peers: Mutex<mpsc::UnboundedReceiver<Kin>>,
     drain: watch::Receiver<bool>,
     shared: Arc<Shared>,
 }
@@ -171,7 +198,7 @@ impl Child {
         let (peers_in, peers) = mpsc::unbounded_channel();
         let (drain_in, drain) = watch::channel(false);
         let shared = Arc::new(Shared { registry: Registry::new(), status: OnceLock::new() });
-        tokio::spawn(listen(channel.clone(), shared.clone(), peers_in, drain_in));
+        tokio::spawn(listen(channel.clone(), shared.clone(), peers_in, drain_in).boxed());
         let child = Self { channel, peers: Mutex::new(peers), drain, shared };
         Ok((child, Startup { config, first, restored }, parent))
     }
@@ -216,8 +243,18 @@ impl Child {
         Ok(self.channel.send(&FromChild::Remove { key: key.to_owned() }, &[]).await?)
     }
 
-    /// The next channel to a sibling; it replaces an older one of the same name. `None` when the supervisor is gone.
-    pub async fn next_peer(&self) -> Option<(String, Channel)> {
+    /// The next sibling that (re)started. `None` when the supervisor is gone.
+    pub async fn next_peer(&self) -> Option<Sibling> {
+        loop {
+            match self.next_kin().await? {
+                Kin::Sibling(sibling) => return Some(sibling),
+                Kin::Superseded => {}
+            }
+        }
+    }
+
+    /// As [`Child::next_peer`], for a component of which there may be two on a node.
+    pub async fn next_kin(&self) -> Option<Kin> {
         self.peers.lock().await.recv().await
     }
 
@@ -270,9 +307,25 @@ impl TestSupervisor {
     /// # Errors
     /// [`ChildError`].
     pub async fn peer(&self, name: &str) -> Result<Channel, ChildError> {
+        self.peer_of(name, 0).await
+    }
+
+    /// As [`TestSupervisor::peer`], with the epoch of the sibling's supervisor.
+    ///
+    /// # Errors
+    /// [`ChildError`].
+    pub async fn peer_of(&self, name: &str, epoch: u64) -> Result<Channel, ChildError> {
         let (ours, theirs) = Channel::pair()?;
-        self.channel.send(&ToChild::Peer { name: name.to_owned() }, &[theirs.as_fd()]).await?;
+        self.channel.send(&ToChild::Peer { name: name.to_owned(), epoch }, &[theirs.as_fd()]).await?;
         Ok(Channel::new(ours)?)
+    }
+
+    /// Tells the child that another one has taken its place.
+    ///
+    /// # Errors
+    /// [`ChildError`].
+    pub async fn supersede(&self) -> Result<(), ChildError> {
+        Ok(self.channel.send(&ToChild::Superseded, &[]).await?)
     }
 
     /// Has the child drain.
@@ -301,7 +354,7 @@ impl TestSupervisor {
 async fn listen(
     channel: Arc<Channel>,
     shared: Arc<Shared>,
-    peers: mpsc::UnboundedSender<(String, Channel)>,
+    peers: mpsc::UnboundedSender<Kin>,
     drain: watch::Sender<bool>,
 ) {
     loop {
@@ -314,17 +367,23 @@ async fn listen(
             }
         };
         match word {
-            (ToChild::Peer { name }, fds) => {
+            (ToChild::Peer { name, epoch }, fds) => {
                 for fd in fds {
                     match Channel::new(fd) {
-                        Ok(peer) => drop(peers.send((name.clone(), peer))),
+                        Ok(channel) => drop(peers.send(Kin::Sibling(Sibling { name: name.clone(), epoch, channel }))),
                         Err(error) => tracing::error!(%error, name, "channel to a sibling"),
                     }
                 }
             }
+            (ToChild::Superseded, _) => drop(peers.send(Kin::Superseded)),
             (ToChild::Scrape { id }, _) => {
                 if let Err(error) = channel.send(&shared.scraped(id), &[]).await {
                     tracing::warn!(%error, "answer to a scrape");
+                }
+            }
+            (ToChild::Ping, _) => {
+                if let Err(error) = channel.send(&FromChild::Pong, &[]).await {
+                    tracing::warn!(%error, "answer to a ping");
                 }
             }
             (ToChild::Drain, _) => drop(drain.send_replace(true)),

@@ -13,7 +13,11 @@ use std::{
     time::Duration,
 };
 
-use rustix::process::{Pid, Signal, WaitOptions, getpid, kill_process, set_child_subreaper, wait};
+use rustix::{
+    process::{Pid, Signal, WaitOptions, getpid, kill_process, set_child_subreaper, wait},
+    time::{ClockId, clock_gettime},
+};
+use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use tokio::{
     signal::unix::{SignalKind, signal},
@@ -27,6 +31,10 @@ use crate::{
     child::{FromChild, ToChild},
 };
 
+mod links;
+
+use links::Link;
+
 /// A life shorter than this counts as a failed start.
 const SHORT_LIFE: Duration = Duration::from_secs(2);
 /// Failed starts in a row after which the supervisor gives up.
@@ -35,8 +43,13 @@ const MAX_FAILED_STARTS: u32 = 8;
 const MAX_PAUSE: Duration = Duration::from_secs(5);
 /// A child that does not answer a scrape within this is left out of it.
 const SCRAPE_TIMEOUT: Duration = Duration::from_secs(2);
-/// A child that has not drained by then is killed.
-const DRAIN_TIMEOUT: Duration = Duration::from_secs(20);
+/// A sibling that does not take its new channel within this is stuck; the others are not to wait for it.
+const PAIR_TIMEOUT: Duration = Duration::from_secs(2);
+
+/// A child is asked so often whether it lives: seldom, as each time wakes two processes of an idle node.
+const PING: Duration = Duration::from_secs(15);
+/// After so many pings' time without an answer it is killed. More than one: a whole machine may have stood still.
+const UNANSWERED: u32 = 2;
 
 /// A component to keep alive.
 #[derive(Debug)]
@@ -47,6 +60,8 @@ pub struct ChildSpec {
     pub program: PathBuf,
     /// Its arguments.
     pub args: Vec<String>,
+    /// Variables of this process's environment that it is given; no others.
+    pub environment: Vec<&'static str>,
     /// What [`crate::Startup::config`] will be.
     pub config: Value,
     /// Siblings it talks to.
@@ -106,6 +121,8 @@ struct Life {
     channel: Arc<Channel>,
     pid: Pid,
     ready: bool,
+    /// Pings' times that have passed since it was asked; 0 when it has answered.
+    unanswered: u32,
 }
 
 #[derive(Debug, Default)]
@@ -122,7 +139,17 @@ struct Table {
     exits: HashMap<i32, oneshot::Sender<String>>,
     scrapes: HashMap<u64, oneshot::Sender<(Value, String)>>,
     next_scrape: u64,
+    links: Vec<Link>,
+    next_link: u64,
     draining: bool,
+}
+
+/// Someone to be paired: a component of ours, or one behind a link.
+#[derive(Debug)]
+struct End {
+    name: String,
+    epoch: u64,
+    channel: Arc<Channel>,
 }
 
 /// The parent of components. Lives in a runtime of one thread, whose thread must outlive the children: they die with it.
@@ -131,6 +158,10 @@ pub struct Supervisor {
     table: Arc<Mutex<Table>>,
     ready: Arc<watch::Sender<bool>>,
     changed: mpsc::UnboundedSender<()>,
+    /// Time since boot at which this supervisor began: no two of a node have the same, and a later one has a greater.
+    epoch: u64,
+    /// One pairing at a time: two siblings must hear of their channels in the same order, or each would keep another one.
+    pairing: Arc<tokio::sync::Mutex<()>>,
 }
 
 // === impl Supervisor ===
@@ -147,11 +178,15 @@ impl Supervisor {
         // Functions outlive a dead agent; they become ours, so that they are reaped.
         set_child_subreaper(Some(getpid())).map_err(io::Error::from)?;
         let (changed, mut changes) = mpsc::unbounded_channel();
-        let supervisor = Self { table: Arc::default(), ready: Arc::new(watch::Sender::new(false)), changed };
+        let now = clock_gettime(ClockId::Boottime);
+        let epoch = u64::try_from(now.tv_sec).unwrap_or(0) * 1_000_000_000 + u64::try_from(now.tv_nsec).unwrap_or(0);
+        let ready = Arc::new(watch::Sender::new(false));
+        let supervisor = Self { table: Arc::default(), ready, changed, epoch, pairing: Arc::default() };
         let mut exits = signal(SignalKind::child())?;
         for spec in &specs {
             supervisor.table().entries.insert(spec.name, Entry { peers: spec.peers.clone(), ..Entry::default() });
         }
+        supervisor.update_ready();
         let mut tasks = JoinSet::new();
         for spec in specs {
             tasks.spawn(supervisor.clone().keep(spec));
@@ -179,10 +214,16 @@ impl Supervisor {
         let _sender_is_ours = ready.wait_for(|ready| *ready).await;
     }
 
-    /// All components serve now.
+    /// All components serve now, and are to go on.
     #[must_use]
     pub fn is_ready(&self) -> bool {
         *self.ready.borrow()
+    }
+
+    /// All components are told to end.
+    #[must_use]
+    pub fn is_draining(&self) -> bool {
+        self.table().draining
     }
 
     /// Processes of the components that live.
@@ -194,6 +235,14 @@ impl Supervisor {
             .iter()
             .filter_map(|(name, e)| Some((*name, e.life.as_ref()?.pid.as_raw_nonzero().get())))
             .collect()
+    }
+
+    /// Components that do not answer; they are killed if that goes on.
+    #[must_use]
+    pub fn stuck(&self) -> Vec<&'static str> {
+        let table = self.table();
+        let stuck = |entry: &Entry| entry.life.as_ref().is_some_and(|life| life.unanswered > 1);
+        table.entries.iter().filter(|(_, entry)| stuck(entry)).map(|(name, _)| *name).collect()
     }
 
     /// Asks all components for status and metrics.
@@ -230,17 +279,18 @@ impl Supervisor {
         out
     }
 
-    /// Has all components end in order; those that do not within 20 s are killed.
-    pub async fn drain(&self) {
+    /// Has all components end in order; those that do not within `patience` are killed.
+    pub async fn drain(&self, patience: Duration) {
         let lives: Vec<_> = {
             let mut table = self.table();
             table.draining = true;
             table.entries.values().filter_map(|e| e.life.as_ref().map(|l| (l.channel.clone(), l.pid))).collect()
         };
+        self.update_ready();
         for (channel, _) in &lives {
             let _gone_is_drained = channel.send(&ToChild::Drain, &[]).await;
         }
-        let deadline = Instant::now() + DRAIN_TIMEOUT;
+        let deadline = Instant::now() + patience;
         let mut ready = self.ready.subscribe();
         while self.table().entries.values().any(|e| e.life.is_some()) {
             if tokio::time::timeout_at(deadline, ready.changed()).await.is_err() {
@@ -257,7 +307,10 @@ impl Supervisor {
     }
 
     fn update_ready(&self) {
-        let all = self.table().entries.values().all(|e| e.life.as_ref().is_some_and(|l| l.ready));
+        let all = {
+            let table = self.table();
+            !table.draining && table.entries.values().all(|e| e.life.as_ref().is_some_and(|l| l.ready))
+        };
         self.ready.send_replace(all);
     }
 
@@ -290,7 +343,10 @@ impl Supervisor {
         loop {
             let began = Instant::now();
             let (channel, exit) = self.spawn(&spec, first).await?;
-            self.listen(name, &channel).await;
+            tokio::select! {
+                () = self.listen(name, &channel) => {}
+                () = self.watch_over(name, &channel) => {}
+            }
             let status = exit.await.unwrap_or_else(|_unknown| "unknown status".into());
             let draining = {
                 let mut table = self.table();
@@ -326,6 +382,7 @@ impl Supervisor {
         let (ours, theirs) = Channel::pair()?;
         let mut command = Command::new(&spec.program);
         command.args(&spec.args).stdin(Stdio::from(theirs)).stdout(Stdio::null()).env_clear();
+        command.envs(spec.environment.iter().filter_map(|name| Some((name, std::env::var_os(name)?))));
         // A group of its own: Ctrl-C reaches the supervisor, which drains.
         command.process_group(0);
         if let Some(uid) = spec.uid {
@@ -340,10 +397,10 @@ impl Supervisor {
         self.table().exits.insert(pid.as_raw_nonzero().get(), exited);
         self.restore(spec, first, &channel).await;
         if let Some(entry) = self.table().entries.get_mut(name) {
-            entry.life = Some(Life { channel: channel.clone(), pid, ready: false });
+            entry.life = Some(Life { channel: channel.clone(), pid, ready: false, unanswered: 0 });
         }
         let _receiver_lives_as_long = self.changed.send(());
-        self.pair(name, &channel).await;
+        self.pair(End { name: name.to_owned(), epoch: self.epoch, channel: channel.clone() }).await;
         Ok((channel, exit))
     }
 
@@ -366,18 +423,61 @@ impl Supervisor {
     }
 
     /// Gives a new life and each living sibling of it the two ends of a new channel.
-    async fn pair(&self, name: &'static str, channel: &Channel) {
-        let siblings: Vec<(&'static str, Arc<Channel>)> = {
-            let table = self.table();
-            let Some(entry) = table.entries.get(name) else { return };
-            let living = |peer: &&'static str| Some((*peer, table.entries.get(peer)?.life.as_ref()?.channel.clone()));
-            entry.peers.iter().filter_map(living).collect()
-        };
-        for (peer, sibling) in siblings {
-            let Ok((one, other)) = Channel::pair() else { continue };
-            let _its_end_will_tell = channel.send(&ToChild::Peer { name: peer.to_owned() }, &[one.as_fd()]).await;
-            let _its_end_will_tell = sibling.send(&ToChild::Peer { name: name.to_owned() }, &[other.as_fd()]).await;
+    async fn pair(&self, one: End) {
+        let _one_pairing_at_a_time = self.pairing.lock().await;
+        let siblings = self.siblings(&one.name);
+        for other in siblings {
+            let Ok((near, far)) = Channel::pair() else { continue };
+            introduce(&one, &other, near).await;
+            introduce(&other, &one, far).await;
         }
+    }
+
+    /// Our own first: what they do about a sibling comes before what others do who hear of it later.
+    fn siblings(&self, name: &str) -> Vec<End> {
+        let table = self.table();
+        let own = table.entries.get(name).map(|entry| &entry.peers);
+        let living = |(peer, entry): (&&'static str, &Entry)| {
+            let wanted = own.map_or_else(|| entry.peers.contains(&name), |peers| peers.contains(peer));
+            let life = entry.life.as_ref().filter(|_| wanted && *peer != name)?;
+            Some(End { name: (*peer).to_owned(), epoch: self.epoch, channel: life.channel.clone() })
+        };
+        let mut siblings: Vec<End> = table.entries.iter().filter_map(living).collect();
+        siblings.extend(table.linked(name));
+        siblings
+    }
+
+    /// Kills a child that does not answer: its successor will. Never returns.
+    async fn watch_over(&self, name: &'static str, channel: &Channel) {
+        loop {
+            tokio::time::sleep(PING).await;
+            if !self.is_to_be_asked(name) {
+                continue;
+            }
+            // Where its channel is full it is not to be waited for either.
+            let _its_end_will_tell = tokio::time::timeout(PING, channel.send(&ToChild::Ping, &[])).await;
+        }
+    }
+
+    /// Counts the time that a child has not answered, and kills one that has not for too long. One that drains has a time of its
+    /// own to end in.
+    fn is_to_be_asked(&self, name: &str) -> bool {
+        let mut table = self.table();
+        let draining = table.draining;
+        let Table { entries, exits, .. } = &mut *table;
+        let Some(life) = entries.get_mut(name).and_then(|entry| entry.life.as_mut()) else { return false };
+        life.unanswered += 1;
+        match life.unanswered {
+            1 => return true,
+            2 => tracing::error!(component = name, "component does not answer"),
+            _ => {}
+        }
+        // One that was reaped has left its number to somebody else.
+        if life.unanswered > UNANSWERED && !draining && exits.contains_key(&life.pid.as_raw_nonzero().get()) {
+            tracing::error!(component = name, "component does not answer for {:?}: killed", PING * UNANSWERED);
+            let _ended_meanwhile = kill_process(life.pid, Signal::KILL);
+        }
+        false
     }
 
     /// Hears a child until it is gone.
@@ -409,6 +509,11 @@ impl Supervisor {
                 drop(table);
                 let _receiver_lives_as_long = self.changed.send(());
             }
+            FromChild::Pong => {
+                if let Some(life) = table.entries.get_mut(name).and_then(|e| e.life.as_mut()) {
+                    life.unanswered = 0;
+                }
+            }
             FromChild::Deposit { key, meta } => {
                 if let Some(entry) = table.entries.get_mut(name) {
                     let old = entry.deposits.remove(&key);
@@ -421,6 +526,69 @@ impl Supervisor {
                     entry.deposits.remove(&key);
                 }
             }
+        }
+    }
+}
+
+/// Tells `to` of its new sibling; errors show as its end.
+async fn introduce(to: &End, sibling: &End, channel: OwnedFd) {
+    let word = ToChild::Peer { name: sibling.name.clone(), epoch: sibling.epoch };
+    if tokio::time::timeout(PAIR_TIMEOUT, to.channel.send(&word, &[channel.as_fd()])).await.is_err() {
+        tracing::error!(name = to.name, sibling = sibling.name, "a component does not take its channel to a sibling");
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::process::ExitStatusExt as _;
+
+    use super::*;
+
+    /// A supervisor of a child, which is this process, over this channel.
+    fn supervising(process: &std::process::Child, channel: &Arc<Channel>) -> Supervisor {
+        let ready = Arc::new(watch::Sender::new(false));
+        let changed = mpsc::unbounded_channel().0;
+        let supervisor = Supervisor { table: Arc::default(), ready, changed, epoch: 1, pairing: Arc::default() };
+        let pid = Pid::from_child(process);
+        let life = Life { channel: channel.clone(), pid, ready: true, unanswered: 0 };
+        let mut table = supervisor.table();
+        table.exits.insert(pid.as_raw_nonzero().get(), oneshot::channel().0);
+        table.entries.insert("gateway", Entry { life: Some(life), ..Entry::default() });
+        drop(table);
+        supervisor
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn who_does_not_answer_is_killed_and_who_does_lives_on() {
+        for answers in [true, false] {
+            let mut process = Command::new("sleep").arg("1000").spawn().unwrap();
+            let (ours, theirs) = Channel::pair().unwrap();
+            let (channel, theirs) = (Arc::new(Channel::new(ours).unwrap()), Channel::new(theirs).unwrap());
+            let supervisor = supervising(&process, &channel);
+            let over = supervisor.clone();
+            let watching = tokio::spawn(async move { over.watch_over("gateway", &channel).await });
+            let child = supervisor.clone();
+            let answering = tokio::spawn(async move {
+                while let Ok(Some((word, _))) = theirs.recv::<ToChild>().await {
+                    assert!(matches!(word, ToChild::Ping), "{word:?}");
+                    if answers {
+                        child.hear("gateway", FromChild::Pong, Vec::new());
+                    }
+                }
+            });
+            let long = PING * UNANSWERED + PING / 2;
+            tokio::time::sleep(long).await;
+            assert_eq!(supervisor.stuck(), if answers { vec![] } else { vec!["gateway"] });
+            assert_eq!(process.try_wait().unwrap(), None, "a machine may have stood still");
+            tokio::time::sleep(PING).await;
+            if answers {
+                tokio::time::sleep(long * 9).await;
+                assert_eq!((process.try_wait().unwrap(), supervisor.stuck()), (None, vec![]));
+                process.kill().unwrap();
+            }
+            assert_eq!(process.wait().unwrap().signal(), Some(9));
+            watching.abort();
+            answering.abort();
         }
     }
 }
