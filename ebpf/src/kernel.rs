@@ -78,6 +78,12 @@ pub enum LoadError {
     /// The connection that refuses could not be made.
     #[error("cannot make the socket that refuses: {0}")]
     Refusal(#[source] io::Error),
+    /// The kernel does not describe its types, or they lack something.
+    #[error("types of the kernel: {0}")]
+    Types(#[source] io::Error),
+    /// A loaded program cannot be put in its place.
+    #[error("cannot attach: {0}")]
+    Attach(#[source] io::Error),
     /// The maps could not be shown to a second load of the object.
     #[error("cannot reuse the maps: {0}")]
     Reuse(#[source] io::Error),
@@ -108,7 +114,7 @@ fn hint(error: &aya::EbpfError) -> &'static str {
 }
 
 impl LoadError {
-    fn program(name: &'static str) -> impl FnOnce(ProgramError) -> Self {
+    pub(crate) fn program(name: &'static str) -> impl FnOnce(ProgramError) -> Self {
         move |source| Self::Program { name, source: Box::new(source) }
     }
 }

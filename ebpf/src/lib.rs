@@ -1,4 +1,5 @@
-//! The descriptor path: loads the `sk_msg` program, keeps its maps, or routes in user space.
+//! The kernel programs of a node. The descriptor path: loads the `sk_msg` program, keeps its maps, or routes in user space. And
+//! [`Traffic`]: connections of pods, counted.
 //!
 //! ```text
 //!            end A of a pair              end B, kept by the agent
@@ -15,12 +16,15 @@ mod kernel;
 mod pair;
 mod path;
 mod router;
+mod traffic;
 pub mod wire;
 
 pub use kernel::{Baseline, LoadError};
 pub use lifl_ebpf_common::{
     descriptor::{DESCRIPTOR_BYTES, Descriptor, Kind, LAYOUT_VERSION, ObjectKey, flags, role},
     maps::{ANY_CHAIN, Counters, DropReason, MAX_MEMBERS, Member, RouteKey, STRANGERS},
+    traffic::{Connections, MAX_PLACES, side},
 };
 pub use pair::pair;
 pub use path::{Path, PathError, PathKind, ProgramRuns};
+pub use traffic::Traffic;

@@ -7,5 +7,6 @@
 
 pub mod descriptor;
 pub mod maps;
+pub mod traffic;
 
 pub use descriptor::{DESCRIPTOR_BYTES, Descriptor, Kind, LAYOUT_VERSION, role};
