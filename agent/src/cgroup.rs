@@ -8,6 +8,8 @@ use std::{
     path::{Path, PathBuf},
 };
 
+use rustix::mount::{MountFlags, mount_remount};
+
 /// Where the functions' groups are made, one folder a hierarchy.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Cgroups {
@@ -49,7 +51,7 @@ impl Cgroups {
             if !knobs.is_empty() {
                 sweep(&mount);
             }
-            if !knobs.is_empty() && fs::create_dir_all(&folder).is_ok() {
+            if !knobs.is_empty() && make(&folder, &mount).is_ok() {
                 if kind == "cgroup2" {
                     let _refused_shows_in_apply = fs::write(folder.join("cgroup.subtree_control"), "+memory +pids");
                 }
@@ -86,6 +88,19 @@ impl Cgroups {
     /// Removes everything; groups must be empty.
     pub(crate) fn remove_all(&self) {
         self.roots.iter().for_each(|root| remove_tree(&root.folder));
+    }
+}
+
+/// Makes the parent group. Containers find their control groups mounted read-only: whoever may enter other namespaces may
+/// remount too, and a function stays within what its pod may use.
+fn make(folder: &Path, mount: &Path) -> io::Result<()> {
+    match fs::create_dir_all(folder) {
+        Err(error) if error.kind() == io::ErrorKind::ReadOnlyFilesystem => {
+            let flags = MountFlags::BIND | MountFlags::NOSUID | MountFlags::NODEV | MountFlags::NOEXEC;
+            mount_remount(mount, flags, c"")?;
+            fs::create_dir_all(folder)
+        }
+        made => made,
     }
 }
 

@@ -1,34 +1,41 @@
 //! The agent's loop: what comes from coordinator, gateway and functions, and what it does about it.
 
 mod adopt;
+mod counted;
 mod functions;
 mod node;
+mod notices;
 mod segments;
+mod siblings;
 
+use futures_util::{FutureExt as _, future::BoxFuture};
 use std::{
     io,
     os::fd::{AsFd, OwnedFd},
     sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::Instant,
 };
 
 use lifl_api::{
-    node::{FromAgent, NodeEvent, Order, ToAgent},
+    node::{NodeEvent, Order, ToAgent},
     pod::NodePod,
 };
-use lifl_daemon::{Channel, ChannelError, Child, ChildError, Startup};
+use lifl_cluster::{Crier, Notices};
+use lifl_daemon::{Channel, ChannelError, Child, ChildError, Epochs, Sibling, Startup};
 use lifl_ebpf::{Path, PathError, PathKind};
 use lifl_ebpf_common::{maps::RouteKey, role};
 use serde::{Serialize, de::DeserializeOwned};
 use tokio::{
     signal::unix::{SignalKind, signal},
     sync::mpsc,
+    task::JoinHandle,
 };
 
 use crate::{
     cgroup::Cgroups,
     config::Config,
     metrics,
-    pods::Pods,
+    pods::{Counted, Pods, Shown},
     state::{Chain, ChainMeta, GATEWAY_SEAT, State},
 };
 
@@ -55,18 +62,20 @@ pub enum AgentError {
 /// What the loop hears.
 #[derive(Debug)]
 enum Event {
-    Peer(String, Channel),
+    Peer(Sibling),
     Order(Order),
-    /// From the gateway.
-    Gateway(ToAgent, Vec<OwnedFd>),
+    /// From a gateway, by the epoch of its supervisor.
+    Gateway(u64, ToAgent, Vec<OwnedFd>),
     /// From the function on a seat.
     Function(u32, ToAgent, Vec<OwnedFd>),
     /// The function on a seat closed its channel: it has ended, or is to.
     Ended(u32),
     /// ... and all that it sent is delivered.
     Drained(u32, String),
-    /// The pods that this node is to serve.
-    Pods(Vec<NodePod>),
+    /// The pods that this node is to serve, and the versions of their objects.
+    Pods(Vec<(NodePod, String)>),
+    /// Network namespaces are gone.
+    Unmounted,
     Drain,
 }
 
@@ -79,10 +88,22 @@ struct Agent {
     state: Arc<Mutex<State>>,
     cgroups: Cgroups,
     gateway: Option<Arc<Channel>>,
+    /// Of the gateway that is, or was last.
+    gateway_epoch: u64,
+    /// The gateway before this one: it answers what it has, and dials for that.
+    superseded: Option<(u64, Arc<Channel>)>,
+    /// Lives of the siblings' supervisors.
+    epochs: Epochs,
     coordinator: Option<Arc<Channel>>,
     /// The gateway's data socket: end A, given to each of its lives, and end B.
     gateway_socket: (OwnedFd, OwnedFd),
     pods: Pods,
+    counted: Arc<Counted>,
+    notices: Notices,
+    /// Sends them; taken by the watch of the pods.
+    crier: Option<Crier>,
+    /// Watches the folder of network namespaces.
+    mounts: Option<JoinHandle<()>>,
     events: mpsc::UnboundedSender<Event>,
     failpoint: Option<String>,
     /// No agent was here before.
@@ -95,7 +116,12 @@ struct Agent {
 ///
 /// # Errors
 /// [`AgentError`]; the supervisor starts a successor that adopts what runs.
-pub async fn run(child: Child, startup: Startup) -> Result<(), AgentError> {
+pub fn run(child: Child, startup: Startup) -> BoxFuture<'static, Result<(), AgentError>> {
+    // A future that is not boxed is compiled where it is polled, and there once for each kind of runtime.
+    Box::pin(work(child, startup))
+}
+
+async fn work(child: Child, startup: Startup) -> Result<(), AgentError> {
     let (events, mut heard) = mpsc::unbounded_channel();
     let child = Arc::new(child);
     let supervisor = rustix::process::getppid().map_or(0, |pid| pid.as_raw_nonzero().get());
@@ -106,7 +132,7 @@ pub async fn run(child: Child, startup: Startup) -> Result<(), AgentError> {
             cgroups.remove_all();
         }
     })?;
-    tokio::spawn(forward_peers(child.clone(), events.clone()));
+    tokio::spawn(forward_peers(child.clone(), events.clone()).boxed());
     // Functions that this process started are its children; waiting for them by descriptor needs no handler, but the
     // default action of SIGCHLD must not be "ignore", or their exit codes would be lost.
     let _kept = signal(SignalKind::child())?;
@@ -122,7 +148,7 @@ async fn forward_peers(child: Arc<Child>, events: mpsc::UnboundedSender<Event>) 
     loop {
         tokio::select! {
             peer = child.next_peer() => match peer {
-                Some((name, channel)) => drop(events.send(Event::Peer(name, channel))),
+                Some(sibling) => drop(events.send(Event::Peer(sibling))),
                 None => break,
             },
             () = child.draining() => break,
@@ -138,20 +164,23 @@ fn hear<T: DeserializeOwned + Send + 'static>(
     word: impl Fn(T, Vec<OwnedFd>) -> Event + Send + 'static,
     end: Option<Event>,
 ) {
-    tokio::spawn(async move {
-        loop {
-            match channel.recv::<T>().await {
-                Ok(Some((message, fds))) => drop(events.send(word(message, fds))),
-                Ok(None) => break,
-                Err(error @ ChannelError::Words { .. }) => tracing::error!(%error, "word not understood"),
-                Err(error) => {
-                    tracing::warn!(%error, "channel");
-                    break;
+    tokio::spawn(
+        async move {
+            loop {
+                match channel.recv::<T>().await {
+                    Ok(Some((message, fds))) => drop(events.send(word(message, fds))),
+                    Ok(None) => break,
+                    Err(error @ ChannelError::Words { .. }) => tracing::error!(%error, "word not understood"),
+                    Err(error) => {
+                        tracing::warn!(%error, "channel");
+                        break;
+                    }
                 }
             }
+            end.map(|end| events.send(end))
         }
-        end.map(|end| events.send(end))
-    });
+        .boxed(),
+    );
 }
 
 /// Sends, and leaves a failure to the end that the channel's reader will see.
@@ -201,15 +230,24 @@ impl Agent {
         if let Err(error) = self.child.registry().register(Box::new(collector)) {
             tracing::error!(%error, "metrics");
         }
+        if self.config.node.is_some()
+            && let Err(error) = self.child.registry().register(Box::new(Shown(self.counted.clone())))
+        {
+            tracing::error!(%error, "metrics of pods");
+        }
         self.child
             .on_status(move || metrics::status(&state.lock().unwrap_or_else(PoisonError::into_inner), &path, name));
         Ok(())
     }
 
     async fn serve(&mut self, child: &Child, heard: &mut mpsc::UnboundedReceiver<Event>) -> Result<(), AgentError> {
+        if self.first && self.config.node.is_some() {
+            // A gateway may serve pods whose listeners an earlier agent of this node opened.
+            self.pods.expect_held(Instant::now() + siblings::GATEWAY_COMES);
+        }
         child.ready().await?;
         if let Some(node) = self.config.node.clone() {
-            tokio::spawn(node::watch(node, self.events.clone()));
+            tokio::spawn(node::watch(node, self.events.clone(), self.notices.clone(), self.crier.take()).boxed());
         }
         loop {
             let event = tokio::select! {
@@ -228,67 +266,17 @@ impl Agent {
 
     async fn handle(&mut self, event: Event) -> Result<(), AgentError> {
         match event {
-            Event::Peer(name, channel) => self.meet(&name, channel).await,
+            Event::Peer(sibling) => self.meet(sibling).await?,
             Event::Order(order) => self.obey(order).await?,
             Event::Pods(pods) => self.serve_pods(pods).await?,
-            Event::Gateway(ToAgent::Pod(ask), _) => self.answer_gateway(ask).await,
-            Event::Gateway(word, fds) => self.segment_word(None, word, fds).await?,
+            Event::Unmounted => self.retry_pods().await?,
+            Event::Gateway(epoch, word, fds) => self.gateway_word(epoch, word, fds).await?,
             Event::Function(seat, word, fds) => self.function_word(seat, word, fds).await?,
             Event::Ended(seat) => self.ended(seat),
             Event::Drained(seat, reason) => self.replace(seat, &reason).await?,
             Event::Drain => {}
         }
         Ok(())
-    }
-
-    /// A sibling (re)started: tells it everything, which it may know already.
-    async fn meet(&mut self, name: &str, channel: Channel) {
-        let channel = Arc::new(channel);
-        match name {
-            "coordinator" => {
-                hear(channel.clone(), self.events.clone(), |order, _| Event::Order(order), None);
-                let hello = NodeEvent::Hello {
-                    shm_limit: self.config.shm_limit,
-                    cores: std::thread::available_parallelism().map_or(1, |n| u32::try_from(n.get()).unwrap_or(1)),
-                    path: self.path_name().to_owned(),
-                    chains: self.state().chains.keys().copied().collect(),
-                };
-                tell(Some(&channel), &hello, &[]).await;
-                self.coordinator = Some(channel);
-                self.report_settled().await;
-            }
-            "gateway" => {
-                hear(channel.clone(), self.events.clone(), Event::Gateway, None);
-                // It asks again.
-                self.early.clear();
-                tell(Some(&channel), &FromAgent::DataSocket, &[self.gateway_socket.0.as_fd()]).await;
-                for (word, fd) in self.all_segments() {
-                    tell(Some(&channel), &word, &[fd.as_fd()]).await;
-                }
-                tell(Some(&channel), &FromAgent::Synced { path: self.path_name().to_owned() }, &[]).await;
-                for (chain, role) in self.successors() {
-                    tell(Some(&channel), &FromAgent::Replaced { chain, role }, &[]).await;
-                }
-                for telling in self.pods.all() {
-                    tell(Some(&channel), &FromAgent::Pod(telling.word.clone()), &telling.fds()).await;
-                }
-                self.gateway = Some(channel);
-            }
-            other => tracing::warn!(name = other, "unknown sibling"),
-        }
-    }
-
-    /// Functions that this life started where an earlier one may have had others: that one may have died before it said so.
-    fn successors(&self) -> Vec<(u32, u32)> {
-        if self.first {
-            return Vec::new();
-        }
-        let state = self.state();
-        let of = |(id, chain): (&u32, &crate::state::Chain)| {
-            let ours = chain.members.iter().filter(|(_, member)| !member.adopted);
-            ours.map(|(role, _)| (*id, *role)).collect::<Vec<_>>()
-        };
-        state.chains.iter().flat_map(of).collect()
     }
 
     async fn obey(&mut self, order: Order) -> Result<(), AgentError> {

@@ -12,10 +12,17 @@
 //! A listener that lies in the pod's own namespace needs no redirect: probes, client addresses and network policies are what
 //! they were with queue-proxy. The agent never accepts and never reads: it opens, keeps and hands on. While no gateway lives,
 //! connections wait in the listener's queue.
+//!
+//! Beside that the kernel counts the pods' connections (`counted.rs`), and a namespace that vanishes without its pod is missed at
+//! once (`mounts.rs`).
 
+mod counted;
 mod edge;
+mod mounts;
 mod namespace;
 mod plan;
 
+pub use counted::{Counted, Shown};
 pub use edge::{Pods, Report, Telling};
-pub use plan::{Action, Standing, decide, next_try, pause};
+pub(crate) use mounts::Mounts;
+pub use plan::{Action, SAID_AFTER, Standing, decide, next_try, pause};

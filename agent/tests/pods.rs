@@ -14,10 +14,12 @@ use std::{
 };
 
 use libtest_mimic::{Arguments, Failed, Trial};
-use lifl_agent::pods::{Pods, Report, Telling};
+use lifl_agent::pods::{Counted, Pods, Report, SAID_AFTER, Shown, Telling};
 use lifl_api::pod::{MAX_SOCKETS, NodePod, PodAsk, PodPort, PodSettings, PodWord};
 use lifl_daemon::{Channel, Child, Deposit, Startup, SyncChannel, TestSupervisor};
+use lifl_ebpf::{Connections, Traffic};
 use node::{Node, POD, POD_V6};
+use prometheus::core::Collector as _;
 use rustix::{
     event::{PollFd, PollFlags, Timespec, poll},
     fs::fstat,
@@ -27,6 +29,7 @@ use rustix::{
 type Outcome = Result<(), Failed>;
 type Run = fn() -> Outcome;
 
+const COUNTED: &str = "connections_are_counted_to_the_byte_whichever_agent_asks";
 const V6: &str = "a_pod_of_ipv6_is_found_and_answers";
 /// For what happens at once, or never.
 const PATIENCE: Timespec = Timespec { tv_sec: 10, tv_nsec: 0 };
@@ -34,7 +37,8 @@ const PATIENCE: Timespec = Timespec { tv_sec: 10, tv_nsec: 0 };
 fn main() {
     let why_not = node::why_not();
     let no_v6 = || (!node::has_v6()).then(|| "no IPv6".to_owned());
-    let trials: [(&str, Run); 9] = [
+    let uncounted = Traffic::load().err().map(|error| error.to_string());
+    let trials: [(&str, Run); 12] = [
         ("an_app_on_the_pods_loopback_only_is_reached", an_app_on_the_pods_loopback_only_is_reached),
         (
             "listeners_answer_from_outside_and_belong_to_the_gateway",
@@ -45,6 +49,10 @@ fn main() {
             "a_restart_adopts_the_same_listeners_and_what_waits_in_them",
             a_restart_adopts_the_same_listeners_and_what_waits_in_them,
         ),
+        (
+            "an_agent_of_another_pod_goes_on_with_what_the_gateway_holds",
+            an_agent_of_another_pod_goes_on_with_what_the_gateway_holds,
+        ),
         ("a_taken_port_is_reported_once_and_tried_again", a_taken_port_is_reported_once_and_tried_again),
         (
             "a_pod_that_vanished_is_closed_whoever_holds_its_sockets",
@@ -53,10 +61,16 @@ fn main() {
         ("an_address_in_two_namespaces_is_nobodys", an_address_in_two_namespaces_is_nobodys),
         ("a_namespace_that_was_made_anew_is_found_again", a_namespace_that_was_made_anew_is_found_again),
         ("settings_change_without_a_socket_being_touched", settings_change_without_a_socket_being_touched),
+        ("a_pod_that_ends_is_not_missed", a_pod_that_ends_is_not_missed),
+        (COUNTED, connections_are_counted_to_the_byte),
     ];
     let trials = trials.into_iter().map(|(name, run)| {
         // libtest-mimic shows no reasons, so the name tells it.
-        let ignored = why_not.clone().or_else(|| if name == V6 { no_v6() } else { None });
+        let ignored = why_not.clone().or_else(|| match name {
+            V6 => no_v6(),
+            COUNTED => uncounted.clone(),
+            _ => None,
+        });
         let why = ignored.as_ref().map(|why| format!(" ({why})")).unwrap_or_default();
         Trial::test(format!("{name}{why}"), run).with_ignored_flag(ignored.is_some())
     });
@@ -71,6 +85,8 @@ struct Agent {
     runtime: tokio::runtime::Runtime,
     supervisor: TestSupervisor,
     pods: Pods,
+    /// What the pods' objects have.
+    version: u32,
 }
 
 // === impl Agent ===
@@ -85,11 +101,25 @@ impl Agent {
             let pods = Pods::adopt(Arc::new(child), node.folder().to_owned(), startup.restored).await?;
             Ok::<_, Failed>((supervisor, pods))
         })?;
-        Ok(Self { runtime, supervisor, pods })
+        Ok(Self { runtime, supervisor, pods, version: 1 })
     }
 
     fn wish(&mut self, pods: &[NodePod], now: Instant) -> Result<Vec<Report>, Failed> {
-        Ok(self.runtime.block_on(self.pods.wish(pods.to_vec(), now))?)
+        let pods = pods.iter().map(|pod| (pod.clone(), self.version.to_string())).collect();
+        Ok(self.runtime.block_on(self.pods.wish(pods, now))?)
+    }
+
+    /// Has the agent try until it says that it cannot; returns of which pod, why, and when that was.
+    fn insist(&mut self, pods: &[NodePod], mut now: Instant) -> Result<(NodePod, String, Instant), Failed> {
+        for _ in 0..=SAID_AFTER {
+            let reports = self.wish(pods, now)?;
+            match reports.into_iter().next() {
+                None => now = self.pods.next_try().ok_or("a time for the next attempt")?,
+                Some(Report::Cannot { pod, reason }) => return Ok((*pod, reason, now)),
+                Some(other) => return Err(format!("{other:?}").into()),
+            }
+        }
+        Err("nothing is said".into())
     }
 
     /// The deposit or removal that came of the last wish.
@@ -161,6 +191,20 @@ fn connect_to(node: &Node, address: IpAddr, port: u16) -> std::io::Result<TcpStr
     node.in_client(move || TcpStream::connect_timeout(&SocketAddr::new(address, port), Duration::from_secs(10)))
 }
 
+/// Connects a socket to the pod's app.
+fn dial(socket: OwnedFd) -> Result<TcpStream, Failed> {
+    let target = SocketAddr::from((Ipv4Addr::LOCALHOST, 8080));
+    match rustix::net::connect(&socket, &target) {
+        Ok(()) | Err(rustix::io::Errno::INPROGRESS) => {}
+        Err(error) => return Err(error.to_string().into()),
+    }
+    poll(&mut [PollFd::new(&socket, PollFlags::OUT)], Some(&PATIENCE))?;
+    sockopt::socket_error(&socket)??;
+    let stream = TcpStream::from(socket);
+    stream.set_nonblocking(false)?;
+    Ok(stream)
+}
+
 fn an_app_on_the_pods_loopback_only_is_reached() -> Outcome {
     let node = Node::new()?;
     let app = node.in_pod(|| TcpListener::bind((Ipv4Addr::LOCALHOST, 8080)))?;
@@ -178,16 +222,7 @@ fn an_app_on_the_pods_loopback_only_is_reached() -> Outcome {
     let (word, sockets) = hand_over(&agent.ask(place, 3))?;
     assert_eq!((word, sockets.len()), (PodWord::Sockets { place }, 3));
     // This thread is not in the pod's namespace; the socket is.
-    let socket = sockets.into_iter().next().ok_or("a socket")?;
-    let target = SocketAddr::from((Ipv4Addr::LOCALHOST, 8080));
-    match rustix::net::connect(&socket, &target) {
-        Ok(()) | Err(rustix::io::Errno::INPROGRESS) => {}
-        Err(error) => return Err(error.to_string().into()),
-    }
-    poll(&mut [PollFd::new(&socket, PollFlags::OUT)], Some(&PATIENCE))?;
-    sockopt::socket_error(&socket)??;
-    let mut stream = TcpStream::from(socket);
-    stream.set_nonblocking(false)?;
+    let mut stream = dial(sockets.into_iter().next().ok_or("a socket")?)?;
     stream.write_all(b"ping")?;
     let mut word = [0; 4];
     stream.read_exact(&mut word)?;
@@ -275,14 +310,61 @@ fn a_restart_adopts_the_same_listeners_and_what_waits_in_them() -> Outcome {
     Ok(())
 }
 
+fn an_agent_of_another_pod_goes_on_with_what_the_gateway_holds() -> Outcome {
+    let node = Node::new()?;
+    let mut agent = Agent::start(&node, Vec::new())?;
+    let one = pod("a");
+    let (place, ports, fds) = open(&mut agent, &one)?;
+    let inodes = fds.iter().map(inode).collect::<Result<Vec<_>, _>>()?;
+    // The agent and its supervisor are gone; the gateway's copies are all that is left.
+    drop(agent);
+    let mut waiting = connect_from_outside(&node, 8012)?;
+    let copies = || fds.iter().map(OwnedFd::try_clone).collect::<Result<Vec<_>, _>>();
+
+    let mut agent = Agent::start(&node, Vec::new())?;
+    let now = Instant::now();
+    let patience = now + Duration::from_secs(1);
+    agent.pods.expect_held(patience);
+    assert!(agent.wish(std::slice::from_ref(&one), now)?.is_empty(), "nothing is opened beside what a gateway holds");
+    assert_eq!(agent.pods.next_try(), Some(patience), "nor is a gateway waited for that does not come");
+    agent.pods.hold(one.clone(), ports.clone(), copies()?);
+    agent.runtime.block_on(agent.pods.take_held())?;
+    let (key, deposit) = agent.deposited()?;
+    assert_eq!((key.as_str(), deposit.map(|deposit| deposit.fds.len())), ("pod/a", Some(fds.len() + 1)));
+    let all = agent.pods.all();
+    let [telling, synced] = &all[..] else { return Err(format!("{all:?}").into()) };
+    assert_eq!(synced.word, PodWord::Synced);
+    let (word, held) = hand_over(telling)?;
+    assert!(matches!(word, PodWord::Serve { place: same, .. } if same == place), "{word:?}");
+    assert_eq!(held.iter().map(inode).collect::<Result<Vec<_>, _>>()?, inodes);
+    assert!(agent.wish(std::slice::from_ref(&one), now)?.is_empty());
+    assert_eq!(agent.ask(place, 2).fds().len(), 2);
+    let (mut accepted, _) = listener(&held[0])?.accept()?;
+    accepted.write_all(b"late")?;
+    drop(accepted);
+    let mut text = String::new();
+    waiting.read_to_string(&mut text)?;
+    assert_eq!(text, "late");
+
+    // What nobody listens on any more is not taken over: the pod is opened anew, and so is one that a gateway told in vain.
+    drop(agent.wish(&[], now)?);
+    let mut agent = Agent::start(&node, Vec::new())?;
+    agent.pods.expect_held(patience);
+    agent.pods.hold(one.clone(), ports, copies()?);
+    agent.runtime.block_on(agent.pods.take_held())?;
+    assert_eq!(agent.pods.all().len(), 1);
+    let (other, ..) = open(&mut agent, &one)?;
+    assert_ne!(other, place);
+    Ok(())
+}
+
 fn a_taken_port_is_reported_once_and_tried_again() -> Outcome {
     let node = Node::new()?;
     let squatter = node.in_pod(|| TcpListener::bind((Ipv4Addr::UNSPECIFIED, 8022)))?;
     let mut agent = Agent::start(&node, Vec::new())?;
     let (one, now) = (pod("a"), Instant::now());
-    let reports = agent.wish(std::slice::from_ref(&one), now)?;
-    let [Report::Cannot { pod: refused, reason }] = &reports[..] else { return Err(format!("{reports:?}").into()) };
-    assert_eq!(**refused, one);
+    let (refused, reason, now) = agent.insist(std::slice::from_ref(&one), now)?;
+    assert_eq!(refused, one);
     assert!(reason.starts_with("port 8022 is taken"), "{reason}");
     assert!(connect_from_outside(&node, 8012).is_err(), "all or nothing");
     assert_eq!(agent.pods.all().len(), 1, "nothing to serve");
@@ -324,9 +406,8 @@ fn an_address_in_two_namespaces_is_nobodys() -> Outcome {
     let mut node = Node::new()?;
     node.add("thief", |thief| thief.ip(&["addr", "add", &format!("{POD}/32"), "dev", "lo"]))?;
     let mut agent = Agent::start(&node, Vec::new())?;
-    let reports = agent.wish(&[pod("a")], Instant::now())?;
-    let [Report::Cannot { reason, .. }] = &reports[..] else { return Err(format!("{reports:?}").into()) };
-    assert_eq!(*reason, format!("address {POD} is in 2 network namespaces: whose is it?"));
+    let (_, reason, _) = agent.insist(&[pod("a")], Instant::now())?;
+    assert_eq!(reason, format!("address {POD} is in 2 network namespaces: whose is it?"));
 
     // One that takes every address takes none.
     node.remove("thief")?;
@@ -339,8 +420,7 @@ fn an_address_in_two_namespaces_is_nobodys() -> Outcome {
     std::fs::write(node.folder().join("not-yet-mounted"), "")?;
     let mut lost = pod("b");
     lost.address = [10, 99, 0, 77].into();
-    let reports = agent.wish(&[pod("a"), lost], Instant::now())?;
-    let [Report::Cannot { reason, .. }] = &reports[..] else { return Err(format!("{reports:?}").into()) };
+    let (_, reason, _) = agent.insist(&[pod("a"), lost], Instant::now())?;
     assert!(reason.starts_with("no network namespace with address 10.99.0.77 under"), "{reason}");
     Ok(())
 }
@@ -351,12 +431,17 @@ fn a_namespace_that_was_made_anew_is_found_again() -> Outcome {
     let one = pod("a");
     let (old, ..) = open(&mut agent, &one)?;
     node.replace_pod()?;
-    let tellings = told(agent.wish(std::slice::from_ref(&one), Instant::now())?)?;
-    let words: Vec<&PodWord> = tellings.iter().map(|telling| &telling.word).collect();
-    let [PodWord::Gone { place: gone }, PodWord::Serve { place: new, .. }] = words[..] else {
-        return Err(format!("{words:?}").into());
+    let tellings = told(agent.runtime.block_on(agent.pods.step(Instant::now()))?)?;
+    let [Telling { word: PodWord::Gone { place: gone }, .. }] = &tellings[..] else {
+        return Err(format!("{tellings:?}").into());
     };
-    assert!(*gone == old && *new != old);
+    assert_eq!(*gone, old);
+    // Whose it is that has the address now is not known before something newer is said of the pod.
+    assert!(agent.wish(std::slice::from_ref(&one), Instant::now())?.is_empty());
+    assert_eq!(agent.pods.next_try(), None);
+    agent.version += 1;
+    let (new, ..) = open(&mut agent, &one)?;
+    assert_ne!(new, old);
     drop(connect_from_outside(&node, 8012)?);
     Ok(())
 }
@@ -375,5 +460,116 @@ fn settings_change_without_a_socket_being_touched() -> Outcome {
     let (_, second) = agent.deposited()?;
     assert!(second.ok_or("a deposit")?.fds.is_empty(), "the supervisor has the sockets already");
     drop(connect_from_outside(&node, 8012)?);
+    Ok(())
+}
+
+/// Whose network is gone and who is about to end is closed, and nobody complains.
+fn a_pod_that_ends_is_not_missed() -> Outcome {
+    let mut node = Node::new()?;
+    let mut agent = Agent::start(&node, Vec::new())?;
+    let mut one = pod("a");
+    let (place, ..) = open(&mut agent, &one)?;
+    node.remove("pod")?;
+    let tellings = told(agent.runtime.block_on(agent.pods.step(Instant::now()))?)?;
+    assert!(matches!(&tellings[..], [Telling { word: PodWord::Gone { place: same }, .. }] if *same == place));
+    one.draining = true;
+    agent.version += 1;
+    let now = Instant::now();
+    assert!(agent.wish(std::slice::from_ref(&one), now)?.is_empty());
+    // Another pod gives itself the address: it inherits nothing.
+    node.add("heir", |heir| heir.ip(&["addr", "add", &format!("{POD}/32"), "dev", "lo"]))?;
+    agent.version += 1;
+    assert!(agent.wish(std::slice::from_ref(&one), now)?.is_empty());
+    assert_eq!(agent.pods.next_try(), None);
+    assert!(agent.wish(&[], now)?.is_empty());
+    assert_eq!(agent.pods.next_try(), None);
+    Ok(())
+}
+
+/// What the kernel has counted for the one pod, when it has come to this.
+fn counted(counted: &Counted, wanted: impl Fn(&Connections) -> bool) -> Result<Connections, Failed> {
+    let begun = Instant::now();
+    loop {
+        let all = counted.read();
+        let now = all.into_values().next().ok_or("no place is counted")?;
+        if wanted(&now) {
+            return Ok(now);
+        }
+        assert!(begun.elapsed() < Duration::from_secs(10), "{now:?}");
+        std::thread::yield_now();
+    }
+}
+
+fn connections_are_counted_to_the_byte() -> Outcome {
+    const UP: usize = 3_000_001;
+    const DOWN: usize = 70_003;
+    let node = Node::new()?;
+    let app = node.in_pod(|| TcpListener::bind((Ipv4Addr::LOCALHOST, 8080)))?;
+    let mut agent = Agent::start(&node, Vec::new())?;
+    let counters = Arc::new(Counted::new(Some(Traffic::load()?)));
+    agent.pods.count_by(counters.clone());
+    let (place, ports, fds) = open(&mut agent, &pod("a"))?;
+    let (_, deposit) = agent.deposited()?;
+    assert_eq!(counters.read().keys().copied().collect::<Vec<_>>(), [place]);
+
+    // From another namespace, over the cable: accepted by whoever has the listener.
+    let exchange = |fd: &OwnedFd, port: u16| -> Outcome {
+        let mut client = connect_from_outside(&node, port)?;
+        let (mut accepted, _) = listener(fd)?.accept()?;
+        accepted.set_nonblocking(false)?;
+        let sending = std::thread::spawn(move || {
+            client.write_all(&vec![1; UP])?;
+            client.read_exact(&mut vec![0; DOWN])
+        });
+        accepted.read_exact(&mut vec![0; UP])?;
+        accepted.write_all(&vec![1; DOWN])?;
+        Ok(sending.join().map_err(|_panic| "the client panicked")??)
+    };
+    for (port, fd) in ports.iter().zip(&fds) {
+        match port {
+            PodPort::Serving => exchange(fd, 8012)?,
+            PodPort::Stats => exchange(fd, 9090)?,
+            _ => {}
+        }
+    }
+    let now = counted(&counters, |now| now.closed[0] == 1)?;
+    assert_eq!(
+        (now.opened, now.received[0], now.sent[0]),
+        ([1, 0], UP as u64, DOWN as u64),
+        "and not the figures' port"
+    );
+
+    // And what is dialled in the pod.
+    let (_, sockets) = hand_over(&agent.ask(place, 2))?;
+    let mut sockets = sockets.into_iter();
+    let mut stream = dial(sockets.next().ok_or("a socket")?)?;
+    let (mut inside, _) = app.accept()?;
+    stream.write_all(&[1; 1000])?;
+    inside.read_exact(&mut [0; 1000])?;
+    inside.write_all(&[1; 10])?;
+    stream.read_exact(&mut [0; 10])?;
+    let now = counted(&counters, |now| now.received[1] == 9)?;
+    assert_eq!((now.opened, now.closed), ([1, 1], [1, 0]));
+    drop((stream, inside));
+    let now = counted(&counters, |now| now.closed[1] == 1)?;
+    assert_eq!((now.sent[1], now.received[1], now.failed), (1000, 10, 0));
+    drop(app);
+    assert!(dial(sockets.next().ok_or("another socket")?).is_err());
+    assert_eq!(counted(&counters, |now| now.failed == 1)?.opened, [1, 1]);
+
+    // The names that they have.
+    let shown: Vec<String> = Shown(counters.clone()).collect().iter().map(|one| one.name().to_owned()).collect();
+    assert!(shown.iter().any(|name| name == "lifl_pod_bytes_total"), "{shown:?}");
+
+    // Another agent, with counters of its own, finds the sockets and counts on.
+    drop((agent, counters));
+    let mut agent = Agent::start(&node, vec![deposit.ok_or("a deposit")?])?;
+    let counters = Arc::new(Counted::new(Some(Traffic::load()?)));
+    agent.pods.count_by(counters.clone());
+    exchange(&fds[0], 8012)?;
+    let now = counted(&counters, |now| now.closed[0] == 1)?;
+    assert_eq!((now.received[0], now.sent[0]), (UP as u64, DOWN as u64));
+    agent.wish(&[], Instant::now())?;
+    assert!(counters.read().is_empty(), "a pod that is gone has no counters");
     Ok(())
 }

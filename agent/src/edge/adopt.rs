@@ -7,7 +7,8 @@ use std::{
 };
 
 use lifl_api::node::FromAgent;
-use lifl_daemon::{Channel, Child, Deposit, Startup, failpoint};
+use lifl_cluster::Notices;
+use lifl_daemon::{Channel, Child, Deposit, Epochs, Startup, failpoint};
 use lifl_ebpf::Path;
 use lifl_ebpf_common::{
     maps::{ANY_CHAIN, Member as Seat, RouteKey},
@@ -16,7 +17,7 @@ use lifl_ebpf_common::{
 use serde::de::DeserializeOwned;
 use tokio::sync::mpsc;
 
-use super::{Agent, AgentError, Event, hear, segments::segments_of, tell};
+use super::{Agent, AgentError, Event, counted, hear, segments::segments_of, tell};
 use crate::{
     cgroup::Cgroups,
     config::Config,
@@ -25,7 +26,7 @@ use crate::{
     state::{Chain, ChainMeta, GATEWAY_SEAT, Member, MemberMeta, Segment, SegmentMeta, State},
 };
 
-const GATEWAY: Seat = Seat { chain: ANY_CHAIN, role: role::GATEWAY, counter: GATEWAY_SEAT, reserved: 0 };
+pub(super) const GATEWAY: Seat = Seat { chain: ANY_CHAIN, role: role::GATEWAY, counter: GATEWAY_SEAT, reserved: 0 };
 
 /// What the supervisor kept, sorted.
 #[derive(Default)]
@@ -36,6 +37,7 @@ struct Kept {
     segments: Vec<(u32, u32, SegmentMeta, Option<OwnedFd>)>,
     members: Vec<(MemberMeta, OwnedFd, OwnedFd, OwnedFd)>,
     pods: Vec<Deposit>,
+    traffic: BTreeMap<String, OwnedFd>,
 }
 
 // === impl Kept ===
@@ -53,6 +55,9 @@ impl Kept {
             let numbers: Vec<u32> = parts.filter_map(|part| part.parse().ok()).collect();
             match (kind, &numbers[..]) {
                 ("path", _) => kept.path = read::<Vec<String>>(&key, meta).into_iter().flatten().zip(fds).collect(),
+                (counted::DEPOSIT, _) => {
+                    kept.traffic = read::<Vec<String>>(&key, meta).into_iter().flatten().zip(fds).collect();
+                }
                 ("gateway-socket", _) => kept.gateway_socket = fds.next().zip(fds.next()),
                 ("chain", [chain]) => kept.chains.extend(read(&key, meta).map(|meta| (*chain, meta))),
                 ("segment", [chain, id]) => {
@@ -81,11 +86,12 @@ fn read<T: DeserializeOwned>(key: &str, meta: serde_json::Value) -> Option<T> {
 impl Agent {
     pub(super) async fn begin(
         child: Arc<Child>,
-        startup: Startup,
+        mut startup: Startup,
         events: mpsc::UnboundedSender<Event>,
         cgroups: Cgroups,
     ) -> Result<Self, AgentError> {
         let config: Config = serde_json::from_value(startup.config)?;
+        let epochs = Epochs::take(&mut startup.restored);
         let mut kept = Kept::sort(startup.restored);
         let path = match kept.path.is_empty() {
             true => Self::load_path(&config)?,
@@ -113,7 +119,11 @@ impl Agent {
         }
         failpoint("agent.registered");
         let folder = config.netns.clone();
-        let pods = Pods::adopt(child.clone(), folder, std::mem::take(&mut kept.pods)).await?;
+        let mut pods = Pods::adopt(child.clone(), folder, std::mem::take(&mut kept.pods)).await?;
+        let counted = counted::counted(&child, &config, std::mem::take(&mut kept.traffic)).await?;
+        pods.count_by(counted.clone());
+        let instance = config.node.as_ref().map(|node| node.name.clone()).unwrap_or_default();
+        let (notices, crier) = Notices::new("lifl-agent", instance);
         let mut agent = Self {
             failpoint: config.function_failpoint.clone().filter(|_| startup.first),
             state: Arc::new(Mutex::new(State::new(config.shm_limit))),
@@ -122,9 +132,16 @@ impl Agent {
             config,
             path: Arc::new(path),
             gateway: None,
+            gateway_epoch: 0,
+            superseded: None,
+            epochs,
             coordinator: None,
             gateway_socket: (socket, near),
             pods,
+            counted,
+            notices,
+            crier: Some(crier),
+            mounts: None,
             events,
             first: startup.first,
             early: Vec::new(),

@@ -52,13 +52,7 @@ pub(super) async fn open(
         let addresses = wanted.iter().map(|(address, _)| *address).collect();
         let mut found = find(&folder, &addresses, &held)?;
         let open = |(address, ports): (IpAddr, Vec<u16>)| {
-            let mut places = found.remove(&address).unwrap_or_default();
-            let (Some(namespace), true) = (places.pop(), places.is_empty()) else {
-                return Err(match places.len() {
-                    0 => format!("no network namespace with address {address} under {}", folder.display()),
-                    others => format!("address {address} is in {} network namespaces: whose is it?", others + 1),
-                });
-            };
+            let namespace = sole(&mut found, address, &folder)?;
             enter(namespace.fd.as_fd()).map_err(|e| format!("network namespace {}: {e}", namespace.mount))?;
             let listeners = ports.iter().map(|port| listener(*port)).collect::<Result<_, _>>()?;
             Ok(Opened { namespace, listeners })
@@ -66,6 +60,38 @@ pub(super) async fn open(
         Ok(wanted.into_iter().map(open).collect())
     })
     .await
+}
+
+/// The namespaces of these addresses in which the port beside is taken: somebody has opened the pod already. In the same order.
+pub(super) async fn taken(
+    folder: PathBuf,
+    wanted: Vec<(IpAddr, u16)>,
+    held: BTreeSet<u64>,
+) -> io::Result<Vec<Result<Namespace, String>>> {
+    in_thread(move || {
+        let addresses = wanted.iter().map(|(address, _)| *address).collect();
+        let mut found = find(&folder, &addresses, &held)?;
+        let taken = |(address, port): (IpAddr, u16)| {
+            let namespace = sole(&mut found, address, &folder)?;
+            enter(namespace.fd.as_fd()).map_err(|e| format!("network namespace {}: {e}", namespace.mount))?;
+            match listener(port) {
+                Err(_taken) => Ok(namespace),
+                Ok(_free) => Err(format!("nobody listens on port {port} of {address}")),
+            }
+        };
+        Ok(wanted.into_iter().map(taken).collect())
+    })
+    .await
+}
+
+/// The one namespace of an address, or why there is none.
+fn sole(found: &mut BTreeMap<IpAddr, Vec<Namespace>>, address: IpAddr, folder: &Path) -> Result<Namespace, String> {
+    let mut places = found.remove(&address).unwrap_or_default();
+    match (places.pop(), places.len()) {
+        (Some(namespace), 0) => Ok(namespace),
+        (None, _) => Err(format!("no network namespace with address {address} under {}", folder.display())),
+        (Some(_), others) => Err(format!("address {address} is in {} network namespaces: whose is it?", others + 1)),
+    }
 }
 
 /// Makes TCP sockets that dial the namespace's loopback. IPv4, as queue-proxy dials 127.0.0.1 only.

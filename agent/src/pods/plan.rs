@@ -11,6 +11,9 @@ use lifl_api::pod::NodePod;
 const FIRST_PAUSE: Duration = Duration::from_millis(50);
 /// Longest pause: a port that the app has taken stays taken.
 const LONGEST_PAUSE: Duration = Duration::from_secs(10);
+/// Why a pod cannot be served is said after so many attempts in vain, three seconds: an ended pod's network often goes before
+/// anyone says that it has ended, and an app may be about to leave the port that it has taken.
+pub const SAID_AFTER: u32 = 6;
 
 /// Where a pod stands.
 #[derive(Clone, Debug, PartialEq)]
@@ -22,6 +25,15 @@ pub enum Standing {
         /// Its network namespace is still mounted where it was found. One that is gone keeps existing as long as we hold
         /// sockets in it, but no packet reaches it.
         mounted: bool,
+        /// The API has said something newer of the pod since it was last seen mounted.
+        renewed: bool,
+    },
+    /// Its network namespace has gone.
+    Left {
+        /// As it was served.
+        pod: NodePod,
+        /// The API has said something newer of the pod since.
+        renewed: bool,
     },
     /// It could not be opened.
     Cannot {
@@ -41,6 +53,11 @@ pub enum Action {
     Close {
         /// Its uid.
         uid: String,
+    },
+    /// Close the listeners, and wait for what the API says of the pod next.
+    Leave {
+        /// The pod.
+        pod: NodePod,
     },
     /// Find its namespace, open its listeners.
     Open {
@@ -66,6 +83,10 @@ pub enum Action {
 }
 
 /// Steps from what is open to what shall be; closing comes first, so that an address is free for its next owner.
+///
+/// A namespace is found by its address, and whoever may administer the network of a pod may give it any. So one that has gone is
+/// not looked for until the API says something newer of its pod, as it does when the pod's sandbox was made anew: what has the
+/// address meanwhile is not this pod's. A pod that drains gets no other one.
 #[must_use]
 pub fn decide(pods: &[NodePod], known: &BTreeMap<String, Standing>, now: Instant) -> Vec<Action> {
     let gone = known.keys().filter(|uid| pods.iter().all(|pod| pod.uid != **uid));
@@ -73,10 +94,19 @@ pub fn decide(pods: &[NodePod], known: &BTreeMap<String, Standing>, now: Instant
     let mut rest = Vec::new();
     for pod in pods {
         let tries = match known.get(&pod.uid) {
-            Some(Standing::Open { pod: told, mounted: true }) if same_sockets(told, pod) => {
+            Some(Standing::Open { pod: told, mounted: true, .. }) if same_sockets(told, pod) => {
                 if told != pod {
                     rest.push(Action::Tell { pod: pod.clone() });
                 }
+                continue;
+            }
+            Some(Standing::Open { pod: told, mounted: false, renewed })
+                if same_sockets(told, pod) && !may_return(pod, *renewed) =>
+            {
+                closing.push(Action::Leave { pod: pod.clone() });
+                continue;
+            }
+            Some(Standing::Left { pod: left, renewed }) if same_sockets(left, pod) && !may_return(pod, *renewed) => {
                 continue;
             }
             Some(Standing::Open { .. }) => {
@@ -89,7 +119,7 @@ pub fn decide(pods: &[NodePod], known: &BTreeMap<String, Standing>, now: Instant
                 }
                 *tries
             }
-            Some(Standing::Cannot { .. }) | None => 0,
+            Some(Standing::Cannot { .. } | Standing::Left { .. }) | None => 0,
         };
         rest.extend(opening(pod, pods, tries));
     }
@@ -111,6 +141,10 @@ fn opening(pod: &NodePod, pods: &[NodePod], tries: u32) -> Option<Action> {
     }
 }
 
+fn may_return(pod: &NodePod, renewed: bool) -> bool {
+    renewed && !pod.draining
+}
+
 fn same_sockets(a: &NodePod, b: &NodePod) -> bool {
     a.address == b.address && a.settings.ports() == b.settings.ports()
 }
@@ -120,7 +154,7 @@ fn same_sockets(a: &NodePod, b: &NodePod) -> bool {
 pub fn next_try(known: &BTreeMap<String, Standing>) -> Option<Instant> {
     let again = known.values().filter_map(|standing| match standing {
         Standing::Cannot { again, .. } => Some(*again),
-        Standing::Open { .. } => None,
+        Standing::Open { .. } | Standing::Left { .. } => None,
     });
     again.min()
 }
@@ -154,7 +188,7 @@ mod tests {
     }
 
     fn open(pod: &NodePod) -> (String, Standing) {
-        (pod.uid.clone(), Standing::Open { pod: pod.clone(), mounted: true })
+        (pod.uid.clone(), Standing::Open { pod: pod.clone(), mounted: true, renewed: false })
     }
 
     fn close(uid: &str) -> Action {
@@ -196,13 +230,29 @@ mod tests {
     }
 
     #[test]
-    fn a_namespace_that_is_gone_is_looked_for_again() {
-        let a = pod("a", 1);
-        let known = BTreeMap::from([("a".to_owned(), Standing::Open { pod: a.clone(), mounted: false })]);
-        assert_eq!(
-            decide(std::slice::from_ref(&a), &known, Instant::now()),
-            [close("a"), Action::Open { pod: a, tries: 0 }]
-        );
+    fn a_namespace_that_is_gone_is_looked_for_again_when_something_newer_is_said() {
+        let (a, now) = (pod("a", 1), Instant::now());
+        let (mut draining, mut moved) = (a.clone(), a.clone());
+        draining.draining = true;
+        moved.address = [10, 244, 0, 9].into();
+        let gone =
+            |renewed| BTreeMap::from([("a".to_owned(), Standing::Open { pod: a.clone(), mounted: false, renewed })]);
+        let left = |renewed| BTreeMap::from([("a".to_owned(), Standing::Left { pod: a.clone(), renewed })]);
+        let one = std::slice::from_ref;
+        let open = |pod: &NodePod| Action::Open { pod: pod.clone(), tries: 0 };
+        let leave = |pod: &NodePod| Action::Leave { pod: pod.clone() };
+        for renewed in [false, true] {
+            assert_eq!(decide(one(&draining), &gone(renewed), now), [leave(&draining)]);
+            assert_eq!(decide(one(&draining), &left(renewed), now), []);
+            assert_eq!(decide(one(&moved), &gone(renewed), now), [close("a"), open(&moved)]);
+            assert_eq!(decide(one(&moved), &left(renewed), now), [open(&moved)]);
+            assert_eq!(decide(&[], &left(renewed), now), [close("a")]);
+            assert_eq!(next_try(&left(renewed)), None);
+        }
+        assert_eq!(decide(one(&a), &gone(false), now), [leave(&a)]);
+        assert_eq!(decide(one(&a), &left(false), now), []);
+        assert_eq!(decide(one(&a), &gone(true), now), [close("a"), open(&a)]);
+        assert_eq!(decide(one(&a), &left(true), now), [open(&a)]);
     }
 
     #[test]
@@ -228,8 +278,9 @@ mod tests {
         let both = decide(&[old.clone(), new.clone()], &BTreeMap::new(), Instant::now());
         assert_eq!((both.len(), refused(&both)), (2, 2), "{both:?}");
         old.draining = true;
-        let known = BTreeMap::from([("old".to_owned(), Standing::Open { pod: old.clone(), mounted: false })]);
-        let expected = [close("old"), Action::Open { pod: new.clone(), tries: 0 }];
+        let known =
+            BTreeMap::from([("old".to_owned(), Standing::Open { pod: old.clone(), mounted: false, renewed: true })]);
+        let expected = [Action::Leave { pod: old.clone() }, Action::Open { pod: new.clone(), tries: 0 }];
         assert_eq!(decide(&[old, new], &known, Instant::now()), expected);
     }
 }
