@@ -6,7 +6,10 @@
 use std::{
     collections::{BTreeMap, HashMap, HashSet, VecDeque},
     os::fd::OwnedFd,
-    sync::{Arc, Mutex, MutexGuard, PoisonError, atomic::AtomicBool},
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicBool, Ordering},
+    },
 };
 
 use lifl_api::{
@@ -50,6 +53,10 @@ pub(crate) struct Chain {
     pub(crate) changed: watch::Sender<u64>,
     /// A segment is being asked for.
     pub(crate) growing: AtomicBool,
+    /// Its job is no more.
+    pub(crate) removed: AtomicBool,
+    /// ... here, in this chain; what its journal promises is another chain's to keep.
+    pub(crate) lost: AtomicBool,
     /// The coordinator is about to be told of admissions.
     pub(crate) progress: AtomicBool,
     /// Words of the coordinator, worked off one after another.
@@ -184,6 +191,8 @@ impl Chain {
             slot_freed: Notify::new(),
             changed: watch::Sender::new(0),
             growing: AtomicBool::new(false),
+            removed: AtomicBool::new(false),
+            lost: AtomicBool::new(false),
             progress: AtomicBool::new(false),
             words,
             inner: Mutex::new(inner),
@@ -195,6 +204,11 @@ impl Chain {
     pub(crate) fn lock(&self) -> MutexGuard<'_, Inner> {
         // What a panicking thread leaves is no worse than what a dead process leaves, and the ledger survives that.
         self.inner.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Its job is no more: nothing is to be waited for.
+    pub(crate) fn is_removed(&self) -> bool {
+        self.removed.load(Ordering::Acquire)
     }
 
     /// Has long polls look again.

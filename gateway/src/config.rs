@@ -2,6 +2,7 @@
 
 use std::{path::PathBuf, time::Duration};
 
+use lifl_api::ingress::CLASS;
 use serde::Deserialize;
 
 /// Configuration, each value with a default that fits a node of a few thousand clients.
@@ -34,6 +35,51 @@ pub struct Config {
     pub drain_ms: u64,
     /// Folder of the journals of jobs with `ackLevel: Disk`; without one such jobs are refused their updates.
     pub journal_dir: Option<PathBuf>,
+    /// What clients present when they join a job that has no secret of its own.
+    pub join_secret: Option<Secret>,
+    /// Requests to Knative's services; without it only federated clients are served.
+    pub ingress: Option<IngressConfig>,
+}
+
+/// Something that logs do not show.
+#[derive(Clone, Deserialize)]
+pub struct Secret(pub String);
+
+/// The ingress: where its rules come from, and how it ends. Its listeners are deposits: `ingress-http`, `ingress-https`,
+/// `ingress-local-http`, `ingress-local-https`, each of them as it is needed.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct IngressConfig {
+    /// Rules are objects of Kubernetes.
+    pub kubernetes: Option<KubernetesConfig>,
+    /// Rules are the same objects in files of this folder.
+    pub files: Option<PathBuf>,
+    /// Class of the Ingresses that are served.
+    pub class: String,
+    /// Domain of the cluster.
+    pub domain: String,
+    /// This node's name; in Kubernetes it need not be told.
+    pub node: String,
+    /// Connections are accepted for so long after the order to end: those who send them have yet to hear of it.
+    pub lame_duck_ms: u64,
+    /// A line on standard output for each request.
+    pub access_log: bool,
+    /// Collector of traces, OTLP over HTTP: `http://HOST:PORT`, with a path if it is not `/v1/traces`.
+    pub otlp: Option<String>,
+    /// Of requests that say nothing of a trace, so many begin one: 0 to 1.
+    pub trace_sample: f64,
+}
+
+/// How Kubernetes is reached, and as whom.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct KubernetesConfig {
+    /// Credentials; by default those of the pod.
+    pub kubeconfig: Option<PathBuf>,
+    /// Namespace of the services `lifl-gateway` and `lifl-gateway-local`.
+    pub namespace: String,
+    /// Name of this pod; by default the name of its host, which is the same.
+    pub pod: Option<String>,
 }
 
 impl Default for Config {
@@ -52,7 +98,39 @@ impl Default for Config {
             control_bytes: 64 << 20,
             drain_ms: 20_000,
             journal_dir: None,
+            join_secret: None,
+            ingress: None,
         }
+    }
+}
+
+impl Default for IngressConfig {
+    fn default() -> Self {
+        Self {
+            kubernetes: None,
+            files: None,
+            class: CLASS.to_owned(),
+            domain: "cluster.local".to_owned(),
+            node: String::new(),
+            lame_duck_ms: 5_000,
+            access_log: false,
+            otlp: None,
+            trace_sample: 1.0,
+        }
+    }
+}
+
+impl Default for KubernetesConfig {
+    fn default() -> Self {
+        Self { kubeconfig: None, namespace: "lifl-system".to_owned(), pod: None }
+    }
+}
+
+// === impl Secret ===
+
+impl std::fmt::Debug for Secret {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("***")
     }
 }
 
@@ -63,6 +141,12 @@ impl Config {
     #[must_use]
     pub const fn silence(&self) -> Duration {
         Duration::from_millis(self.heartbeat_ms + self.heartbeat_ms / 2)
+    }
+
+    /// Connections are accepted for so long after the order to end.
+    #[must_use]
+    pub fn lame_duck(&self) -> Duration {
+        Duration::from_millis(self.ingress.as_ref().map_or(0, |ingress| ingress.lame_duck_ms))
     }
 
     /// The heartbeat as clients are told.

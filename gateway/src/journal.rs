@@ -112,15 +112,25 @@ impl Journals {
         }
     }
 
+    /// Where the journal of a chain is whose job asks for one.
+    fn path(&self, chain: &Chain) -> Option<PathBuf> {
+        let disk = chain.lock().meta.job.spec.ack_level == AckLevel::Disk;
+        let dir = self.dir.as_ref().filter(|_| disk)?;
+        Some(dir.join(format!("{}.{}.journal", chain.namespace, chain.job)))
+    }
+
+    /// The chain is another one from now on, and opens the same file.
+    pub(crate) async fn close(&self, chain: u32) {
+        self.open.lock().await.remove(&chain);
+    }
+
     /// The journal of a chain whose job asks for one.
     async fn of(&self, chain: &Chain) -> Result<Option<Arc<Mutex<Journal>>>, Refusal> {
-        let disk = chain.lock().meta.job.spec.ack_level == AckLevel::Disk;
-        let Some(dir) = self.dir.clone().filter(|_| disk) else { return Ok(None) };
+        let Some(path) = self.path(chain) else { return Ok(None) };
         let mut open = self.open.lock().await;
         if let Some(journal) = open.get(&chain.id) {
             return Ok(Some(Arc::clone(journal)));
         }
-        let path = dir.join(format!("{}.{}.journal", chain.namespace, chain.job));
         let opened = tokio::task::spawn_blocking(move || Journal::open(&path)).await.map_err(io::Error::other);
         let journal = opened.and_then(|opened| opened).map_err(|error| {
             tracing::error!(chain = chain.id, %error, "journal");
@@ -191,6 +201,7 @@ async fn again(
     let mut slot = loop {
         match reserve(gateway, chain).await {
             Ok(slot) => break slot,
+            Err(refusal) if chain.is_removed() => return Err(refusal),
             // The aggregators make room: what was promised waits as long as it takes.
             Err(refusal) => tracing::info!(chain = chain.id, reason = refusal.detail, "journal waits for a slot"),
         }
@@ -227,6 +238,23 @@ pub(crate) async fn retire(gateway: &Arc<Gateway>, chain: &Arc<Chain>, round: u3
     });
     if let Ok(Err(error)) = shortened.await {
         tracing::warn!(chain = chain.id, round, %error, "journal is not shortened");
+    }
+}
+
+/// Forgets all that the journal of a job holds: the job is no more, and one of its name begins anew.
+pub(crate) async fn remove(gateway: &Arc<Gateway>, chain: &Arc<Chain>) {
+    let Some(path) = gateway.journals.path(chain) else { return };
+    // Held until the file is gone: who comes next opens another one. Who was faster has this one.
+    let mut open = gateway.journals.open.lock().await;
+    open.remove(&chain.id);
+    if gateway.chain_of(&chain.namespace, &chain.job).is_some() {
+        return;
+    }
+    match tokio::task::spawn_blocking(move || fs::remove_file(&path)).await {
+        Ok(Err(error)) if error.kind() != io::ErrorKind::NotFound => {
+            tracing::warn!(chain = chain.id, %error, "journal is not removed");
+        }
+        _ => {}
     }
 }
 

@@ -13,4 +13,4 @@ mod sockets;
 mod table;
 
 pub use sockets::Sockets;
-pub use table::Pods;
+pub use table::{Held, Pods};

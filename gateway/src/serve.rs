@@ -1,6 +1,7 @@
 //! The public port: connections, routes, answers.
 
-use std::{convert::Infallible, sync::Arc, time::Duration};
+use futures_util::FutureExt as _;
+use std::{convert::Infallible, os::fd::OwnedFd, sync::Arc, time::Duration};
 
 use bytes::Bytes;
 use http::{HeaderValue, Method, Request, Response, StatusCode, header};
@@ -42,25 +43,39 @@ const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 /// A response's body.
 pub(crate) type Body = UnsyncBoxBody<Bytes, std::io::Error>;
 
-/// Serves until drained.
-pub(crate) async fn run(gateway: Arc<Gateway>, listener: TcpListener) {
+/// Serves until `end`, then until requests under way are answered. `theirs`: the coordinator's listener, as it comes and goes.
+pub(crate) async fn run(
+    gateway: Arc<Gateway>,
+    listener: TcpListener,
+    mut theirs: mpsc::UnboundedReceiver<Option<OwnedFd>>,
+    end: impl Future<Output = ()>,
+) {
+    let mut end = std::pin::pin!(end);
     let places = Arc::new(Semaphore::new(gateway.config.max_connections));
     // Closed when the last connection has dropped its end.
     let (alive, mut all_gone) = mpsc::channel::<Infallible>(1);
     let server = Arc::new(builder(&gateway));
+    let mut coordinators: Option<TcpListener> = None;
     loop {
         let accepted = tokio::select! {
-            () = gateway.child.draining() => break,
-            accepted = accept(&listener, &places) => accepted,
+            () = &mut end => break,
+            Some(listener) = theirs.recv() => {
+                coordinators = listener.and_then(listen);
+                continue;
+            }
+            accepted = accept(&listener, coordinators.as_ref(), &places) => accepted,
         };
         let Some((stream, place)) = accepted else { continue };
         let (gateway, server, alive) = (Arc::clone(&gateway), Arc::clone(&server), alive.clone());
-        tokio::spawn(async move {
-            connection(gateway, &server, stream).await;
-            drop((place, alive));
-        });
+        tokio::spawn(
+            async move {
+                connection(gateway, &server, stream).await;
+                drop((place, alive));
+            }
+            .boxed(),
+        );
     }
-    drop((listener, alive));
+    drop((listener, coordinators, alive));
     gateway.draining.send_replace(true);
     let patience = Duration::from_millis(gateway.config.drain_ms);
     if tokio::time::timeout(patience, all_gone.recv()).await.is_err() {
@@ -69,12 +84,29 @@ pub(crate) async fn run(gateway: Arc<Gateway>, listener: TcpListener) {
     tracing::info!("gateway is drained");
 }
 
+fn listen(listener: OwnedFd) -> Option<TcpListener> {
+    let listener = std::net::TcpListener::from(listener);
+    let listening = listener.set_nonblocking(true).and_then(|()| TcpListener::from_std(listener));
+    listening.inspect_err(|error| tracing::error!(%error, "listener of the coordinator")).ok()
+}
+
 async fn accept(
     listener: &TcpListener,
+    coordinators: Option<&TcpListener>,
     places: &Arc<Semaphore>,
 ) -> Option<(TcpStream, tokio::sync::OwnedSemaphorePermit)> {
     let place = Arc::clone(places).acquire_owned().await.ok()?;
-    match listener.accept().await {
+    let of_coordinator = async {
+        match coordinators {
+            Some(listener) => listener.accept().await,
+            None => std::future::pending().await,
+        }
+    };
+    let accepted = tokio::select! {
+        accepted = listener.accept() => accepted,
+        accepted = of_coordinator => accepted,
+    };
+    match accepted {
         Ok((stream, _)) => Some((stream, place)),
         Err(error) => {
             tracing::warn!(%error, "connection is not accepted");

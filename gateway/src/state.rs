@@ -37,6 +37,7 @@ pub(crate) struct Gateway {
     pub(crate) members: Budget,
     pub(crate) strangers: Budget,
     pub(crate) coordinator: mpsc::UnboundedSender<Word>,
+    clients: mpsc::UnboundedSender<Option<OwnedFd>>,
     pub(crate) gone: mpsc::UnboundedSender<Gone>,
     pub(crate) draining: watch::Sender<bool>,
     chains: RwLock<Chains>,
@@ -75,6 +76,8 @@ pub(crate) struct Queues {
     pub(crate) coordinator: mpsc::UnboundedReceiver<Word>,
     pub(crate) agent: mpsc::UnboundedReceiver<crate::watch::agent::Order>,
     pub(crate) asks: mpsc::UnboundedReceiver<PodAsk>,
+    /// The coordinator's listener for clients, or that there is none any more.
+    pub(crate) clients: mpsc::UnboundedReceiver<Option<OwnedFd>>,
     pub(crate) gone: mpsc::UnboundedReceiver<Gone>,
 }
 
@@ -87,6 +90,7 @@ impl Gateway {
         let (agent, agent_queue) = mpsc::unbounded_channel();
         let (gone, gone_queue) = mpsc::unbounded_channel();
         let (ask, asks) = mpsc::unbounded_channel();
+        let (clients, clients_queue) = mpsc::unbounded_channel();
         let limits = Limits { connections: config.max_connections, ..Limits::default() };
         let gateway = Arc::new(Self {
             journals: Journals::new(config.journal_dir.clone()),
@@ -99,12 +103,25 @@ impl Gateway {
             outbox: Outbox::default(),
             pods: Pods::new(ask, limits),
             coordinator,
+            clients,
             gone,
             draining: watch::Sender::new(false),
             chains: RwLock::default(),
             orphans: Mutex::default(),
         });
-        Ok((gateway, Queues { coordinator: coordinator_queue, agent: agent_queue, asks, gone: gone_queue }))
+        let queues = Queues {
+            coordinator: coordinator_queue,
+            agent: agent_queue,
+            asks,
+            clients: clients_queue,
+            gone: gone_queue,
+        };
+        Ok((gateway, queues))
+    }
+
+    /// Has clients accepted from the coordinator's listener too, or not any more.
+    pub(crate) fn listen_for_coordinator(&self, listener: Option<OwnedFd>) {
+        let _the_process_ends = self.clients.send(listener);
     }
 
     /// Changes a chain and carries out what that causes: descriptors in the order of the changes, slots, segments.
@@ -153,6 +170,36 @@ impl Gateway {
         let mut chains = self.chains.write().unwrap_or_else(PoisonError::into_inner);
         chains.by_id.insert(chain.id, Arc::clone(chain));
         chains.by_name.insert(format!("{}/{}", chain.namespace, chain.job), Arc::clone(chain));
+    }
+
+    /// A job is no more: it is not found, who waits for it is told, and what is under way for it comes to nothing.
+    pub(crate) fn remove(&self, chain: &Chain) {
+        chain.lock().meta.finish = Some((false, "the job is deleted".to_owned()));
+        self.leave(chain);
+        tracing::info!(chain = chain.id, namespace = chain.namespace, job = chain.job, "job is no more");
+    }
+
+    /// A chain's functions are no more, and its job goes on in another chain: whoever waits comes again.
+    pub(crate) fn lose(&self, chain: &Chain) {
+        chain.lost.store(true, Ordering::Release);
+        self.leave(chain);
+    }
+
+    fn leave(&self, chain: &Chain) {
+        {
+            let mut chains = self.chains.write().unwrap_or_else(PoisonError::into_inner);
+            chains.by_id.remove(&chain.id);
+            // Another chain may serve a job of that name by now.
+            let name = format!("{}/{}", chain.namespace, chain.job);
+            if chains.by_name.get(&name).is_some_and(|of| of.id == chain.id) {
+                chains.by_name.remove(&name);
+            }
+        }
+        chain.removed.store(true, Ordering::Release);
+        self.agent.forget(chain.id);
+        chain.slot_freed.notify_waiters();
+        chain.bump();
+        self.orphans().retain(|orphan| orphan.chain != chain.id);
     }
 
     pub(crate) fn orphans(&self) -> MutexGuard<'_, Vec<Orphan>> {

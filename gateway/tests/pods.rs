@@ -10,24 +10,40 @@ use std::{
     sync::Arc,
 };
 
-use harness::{Node, PATIENCE, http};
+use harness::{Node, PATIENCE, http, path, tensors};
 use http_body_util::BodyExt as _;
 use lifl_api::{
-    node::FromAgent,
-    pod::{Exporter, Logging, NodePod, PodPort, PodSettings, PodWord, Protocol, RequestLog, RevisionTimeouts, Tracing},
+    node::{FromAgent, FromGateway, ToAgent},
+    pod::{
+        Exporter, Logging, NodePod, PodAsk, PodPort, PodSettings, PodWord, Protocol, RequestLog, RevisionTimeouts,
+        Tracing,
+    },
 };
 use lifl_proxy::{Body, Handle, Limits, Peer, Server};
 use serde_json::json;
+use tokio::{
+    io::{AsyncReadExt as _, AsyncWriteExt as _},
+    sync::Semaphore,
+};
 
 const PLACE: u64 = 77;
 const PORTS: [PodPort; 3] = [PodPort::Serving, PodPort::Admin, PodPort::Stats];
 
-/// A user's container: tells what it was asked.
-struct App;
+/// A user's container: tells what it was asked. `/slow` waits for a word.
+struct App(Arc<Words>);
+
+struct Words {
+    slow: Semaphore,
+    go: Semaphore,
+}
 
 impl Handle for App {
     async fn handle(&self, request: ::http::Request<Body>, _: &Peer) -> ::http::Response<Body> {
         let (head, body) = request.into_parts();
+        if head.uri.path() == "/slow" {
+            self.0.slow.add_permits(1);
+            self.0.go.acquire().await.unwrap().forget();
+        }
         let body = body.collect().await.unwrap().to_bytes();
         let host = head.headers["host"].to_str().unwrap().to_owned();
         let told = json!({"path": head.uri.path(), "host": host, "body": String::from_utf8_lossy(&body)});
@@ -39,13 +55,17 @@ impl Handle for App {
 struct World {
     pod: NodePod,
     listeners: Vec<TcpListener>,
+    /// Words for slow requests.
+    words: Arc<Words>,
 }
 
 impl World {
     async fn new() -> Self {
         let app = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
         let port = app.local_addr().unwrap().port();
-        tokio::spawn(async move { Server::new(Arc::new(App), Limits::default()).listen(&app).await });
+        let words = Arc::new(Words { slow: Semaphore::new(0), go: Semaphore::new(0) });
+        let container = Arc::new(App(Arc::clone(&words)));
+        tokio::spawn(async move { Server::new(container, Limits::default()).listen(&app).await });
         let listeners = PORTS.map(|_| {
             let listener = TcpListener::bind("127.0.0.1:0").unwrap();
             listener.set_nonblocking(true).unwrap();
@@ -59,7 +79,7 @@ impl World {
             draining: false,
             settings: settings(port),
         };
-        Self { pod, listeners: listeners.into() }
+        Self { pod, listeners: listeners.into(), words }
     }
 
     fn at(&self, port: PodPort) -> SocketAddr {
@@ -133,6 +153,44 @@ async fn a_pod_is_served_as_with_queue_proxy_and_drained_when_it_ends() {
     node.drained().await;
 }
 
+/// As an activator keeps them.
+async fn kept(at: SocketAddr, path: &str) -> tokio::net::TcpStream {
+    let mut stream = tokio::net::TcpStream::connect(at).await.unwrap();
+    stream.write_all(&http::head("GET", path, &[], None)).await.unwrap();
+    stream
+}
+
+async fn is_closed(stream: &mut tokio::net::TcpStream) {
+    let mut rest = Vec::new();
+    assert_eq!(harness::soon("the end of a connection", stream.read_to_end(&mut rest)).await.unwrap(), 0);
+}
+
+/// Two gateways each count a pod's requests for themselves: whoever keeps a connection to the old one is to go to the new one.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_gateway_that_is_superseded_sends_kept_connections_away_and_may_come_back() {
+    let (node, world) = (Node::start(json!({})).await, World::new().await);
+    let at = world.at(PodPort::Serving);
+    for turn in 0..2 {
+        world.tell(&node).await;
+        let mut idle = kept(at, "/idle").await;
+        let answer = http::answer(&mut idle, "GET").await;
+        assert_eq!((answer.status, answer.header("connection")), (200, None), "{turn}");
+        let mut busy = kept(at, "/slow").await;
+        harness::soon("the slow request", world.words.slow.acquire()).await.unwrap().forget();
+        node.agent.channel.send(&FromAgent::Superseded, &[]).await.unwrap();
+        is_closed(&mut idle).await;
+        world.words.go.add_permits(1);
+        let answer = http::answer(&mut busy, "GET").await;
+        assert_eq!((answer.status, answer.header("connection")), (200, Some("close")), "{turn}");
+        is_closed(&mut busy).await;
+    }
+    // Who has connected meanwhile waits for whoever accepts.
+    let mut waiting = kept(at, "/waiting").await;
+    world.tell(&node).await;
+    assert_eq!(http::answer(&mut waiting, "GET").await.json()["path"], "/waiting");
+    node.drained().await;
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn connections_wait_while_a_gateway_is_started_again() {
     let (node, world) = (Node::start(json!({})).await, World::new().await);
@@ -151,4 +209,108 @@ async fn connections_wait_while_a_gateway_is_started_again() {
     });
     let answer = harness::soon("the answer", answer).await.unwrap().unwrap();
     assert!(answer.starts_with("HTTP/1.1 200") && answer.contains("/meanwhile"), "{answer}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_agent_of_another_pod_is_told_all_pods_and_finds_no_chain() {
+    let (mut node, world) = (Node::start(json!({})).await, World::new().await);
+    world.tell(&node).await;
+    node.job(|_| {}, &tensors::model([0.0; 5]), None).await;
+    assert_eq!(world.ask(PodPort::Serving, "/before", &[]).await.status, 200);
+    assert_eq!(http::get(node.address, &path(""), None).await.status, 200);
+    let chain_is_kept = |node: &Node| node.store.lock().unwrap().keys().any(|key| key.starts_with("ledger/"));
+    assert!(chain_is_kept(&node));
+
+    // Started again in the same pod: the chains are its, too.
+    let same = node.supervisor.peer("agent").await.unwrap();
+    let mut held = Vec::new();
+    harness::soon("what it holds", async {
+        loop {
+            match same.recv::<ToAgent>().await.unwrap().unwrap() {
+                (ToAgent::Holds { pod, ports }, fds) => held.push((*pod, ports, fds)),
+                (ToAgent::HoldsAll, _) => return,
+                _ => {}
+            }
+        }
+    })
+    .await;
+    assert_eq!(held.len(), 1);
+    let (pod, ports, fds) = &held[0];
+    assert_eq!((pod, &ports[..], fds.len()), (&world.pod, &PORTS[..], PORTS.len()));
+    let address = |fd: &std::os::fd::OwnedFd| TcpListener::from(fd.try_clone().unwrap()).local_addr().unwrap();
+    assert_eq!(fds.iter().map(address).collect::<Vec<_>>(), PORTS.map(|port| world.at(port)));
+    assert_eq!(http::get(node.address, &path(""), None).await.status, 200);
+
+    node.another_agent(1).await;
+    node.coordinator = node.supervisor.peer("coordinator").await.unwrap();
+    let chains = |word: &FromGateway| match word {
+        FromGateway::Hello { chains, .. } => Some(chains.len()),
+        _ => None,
+    };
+    assert_eq!(node.hear("Hello", chains).await.0, 0, "the coordinator finds none");
+    assert_eq!(http::get(node.address, &path(""), None).await.status, 404);
+    harness::soon("the end of the deposits", async {
+        while chain_is_kept(&node) {
+            tokio::task::yield_now().await;
+        }
+    })
+    .await;
+    // It is the job's coordinator that begins it anew.
+    node.job(|_| {}, &tensors::model([0.0; 5]), None).await;
+    assert_eq!(http::get(node.address, &path(""), None).await.status, 200);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn requests_that_find_no_agent_wait_for_the_next_one() {
+    const EACH: usize = 40;
+    let (mut node, mut world) = (Node::start(json!({})).await, World::new().await);
+    // Nothing of the pod's own keeps requests from coming all at once.
+    world.pod.settings.container_concurrency = 0;
+    let world = Arc::new(world);
+    world.tell(&node).await;
+    assert_eq!(world.ask(PodPort::Serving, "/first", &[]).await.status, 200);
+    // An agent that is asked, and dies before it has answered.
+    let dying = node.supervisor.peer("agent").await.unwrap();
+    let call = |path: String| {
+        let world = Arc::clone(&world);
+        tokio::spawn(async move { world.ask(PodPort::Serving, &path, &[]).await })
+    };
+    let before: Vec<_> = (0..EACH).map(|number| call(format!("/before/{number}"))).collect();
+    let mut asked = 0;
+    harness::soon("questions for as many sockets", async {
+        while asked < EACH {
+            if let Some((ToAgent::Pod(PodAsk::Sockets { place: PLACE, count }), _)) = dying.recv().await.unwrap() {
+                asked += count as usize;
+            }
+        }
+    })
+    .await;
+    drop(dying);
+    let after: Vec<_> = (0..EACH).map(|number| call(format!("/after/{number}"))).collect();
+    node.another_agent(0).await;
+    for (answer, path) in before
+        .into_iter()
+        .chain(after)
+        .zip(["before", "after"].into_iter().flat_map(|path| (0..EACH).map(move |number| format!("/{path}/{number}"))))
+    {
+        let answer = answer.await.unwrap();
+        assert_eq!((answer.status, &answer.json()["path"]), (200, &json!(path)), "{}", answer.text());
+    }
+    // What a burst of calls leaves behind is bounded by it.
+    let given = node.agent.sockets.load(std::sync::atomic::Ordering::Relaxed) as usize;
+    assert!((1..=5 * EACH).contains(&given), "{given}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_pod_that_is_hardly_called_is_given_a_few_sockets() {
+    let (node, world) = (Node::start(json!({})).await, World::new().await);
+    world.tell(&node).await;
+    let given = || node.agent.sockets.load(std::sync::atomic::Ordering::Relaxed);
+    assert_eq!(given(), 0, "nobody has called");
+    assert_eq!(world.ask(PodPort::Serving, "/", &[]).await.status, 200);
+    assert_eq!(given(), 1);
+    for _ in 0..20 {
+        assert_eq!(world.ask(PodPort::Serving, "/", &[]).await.status, 200);
+    }
+    assert!(given() <= 8, "{}: connections are used again", given());
 }

@@ -2,7 +2,9 @@
 
 mod harness;
 
-use harness::{CHAIN, Node, Top, Update, group, http, path, tensors};
+use std::os::fd::AsFd as _;
+
+use harness::{CHAIN, Node, Top, Update, group, http, path, soon, tensors};
 use lifl_api::node::{FromAgent, FromGateway, ToGateway, Tree};
 use lifl_ebpf::{Descriptor, Kind, ObjectKey, role};
 use serde_json::json;
@@ -17,7 +19,7 @@ async fn node(goal: u32, tree: Tree) -> Node {
 }
 
 fn hello(word: &FromGateway) -> Option<(u32, bool, u32, Option<u32>)> {
-    let FromGateway::Hello { chains } = word else { return None };
+    let FromGateway::Hello { chains, .. } = word else { return None };
     chains.first().map(|chain| (chain.round, chain.open, chain.admitted, chain.model_round))
 }
 
@@ -186,4 +188,38 @@ async fn nonsense_on_the_data_socket_is_ignored() {
     // The update's slot is free again: said once more, it changes nothing.
     node.data.send_all(&group(&[sent.key()], model)).unwrap();
     node.hear("RoundDone", done).await;
+}
+
+/// Clients find the gateway that has their job by an address of the coordinator's.
+#[tokio::test]
+async fn the_coordinators_listener_is_served_while_it_is_connected() {
+    let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = listener.local_addr().unwrap();
+    let mut node = node(1, Tree::default()).await;
+    node.coordinator.send(&ToGateway::Clients, &[listener.as_fd()]).await.unwrap();
+    assert_eq!(soon("an answer", http::get(address, &path(""), None)).await.status, 200);
+    assert_eq!(http::get(node.address, &path(""), None).await.status, 200, "its own is served as before");
+
+    // The coordinator is started again: who connects meanwhile waits for it.
+    node.coordinator = node.supervisor.peer("coordinator").await.unwrap();
+    node.hear("Hello", hello).await;
+    let waiting = tokio::spawn(async move { http::get(address, &path(""), None).await });
+    node.coordinator.send(&ToGateway::Clients, &[listener.as_fd()]).await.unwrap();
+    assert_eq!(soon("an answer", waiting).await.unwrap().status, 200);
+
+    // So it is with the gateway's next life.
+    let node = node.kill().await.revive(&[]).await;
+    let waiting = tokio::spawn(async move { http::get(address, &path(""), None).await });
+    node.coordinator.send(&ToGateway::Clients, &[listener.as_fd()]).await.unwrap();
+    assert_eq!(soon("an answer", waiting).await.unwrap().status, 200);
+
+    // The coordinator's pod is gone, and its listener with it: no gateway holds it open.
+    drop(listener);
+    node.supervisor.peer("coordinator").await.unwrap();
+    soon("the end of the listener", async {
+        while tokio::net::TcpStream::connect(address).await.is_ok() {
+            tokio::task::yield_now().await;
+        }
+    })
+    .await;
 }

@@ -1,5 +1,6 @@
 //! Slots for uploads: from the arena, which grows by segments that the agent grants.
 
+use futures_util::FutureExt as _;
 use std::{
     sync::{Arc, atomic::Ordering},
     time::Duration,
@@ -120,6 +121,9 @@ pub(crate) async fn reserve(gateway: &Arc<Gateway>, chain: &Arc<Chain>) -> Resul
         let freed = chain.slot_freed.notified();
         tokio::pin!(freed);
         freed.as_mut().enable();
+        if chain.is_removed() {
+            return Err(Code::RoundClosed.with("the job is deleted"));
+        }
         let arena = chain.lock().arena.clone();
         if let Some(writer) = arena.and_then(|arena| arena.reserve()) {
             return Ok(Slot { writer: Some(writer), chain: Arc::clone(chain) });
@@ -142,18 +146,21 @@ pub(crate) async fn reserve(gateway: &Arc<Gateway>, chain: &Arc<Chain>) -> Resul
 /// Has the arena grow by a segment, if it may and does not already.
 pub(crate) fn grow(gateway: &Arc<Gateway>, chain: &Arc<Chain>) {
     let Some((arena, bytes)) = chain.lock().may_grow(Instant::now()) else { return };
-    if chain.growing.swap(true, Ordering::AcqRel) {
+    if chain.is_removed() || chain.growing.swap(true, Ordering::AcqRel) {
         return;
     }
     let (gateway, chain) = (Arc::clone(gateway), Arc::clone(chain));
-    tokio::spawn(async move {
-        if let Err(reason) = one_segment(&gateway, &chain, arena, bytes).await {
-            tracing::warn!(chain = chain.id, reason, "no further segment");
-            chain.lock().refused_until = Some((Instant::now() + REFUSED, reason));
+    tokio::spawn(
+        async move {
+            if let Err(reason) = one_segment(&gateway, &chain, arena, bytes).await {
+                tracing::warn!(chain = chain.id, reason, "no further segment");
+                chain.lock().refused_until = Some((Instant::now() + REFUSED, reason));
+            }
+            chain.growing.store(false, Ordering::Release);
+            chain.slot_freed.notify_waiters();
         }
-        chain.growing.store(false, Ordering::Release);
-        chain.slot_freed.notify_waiters();
-    });
+        .boxed(),
+    );
 }
 
 async fn one_segment(gateway: &Arc<Gateway>, chain: &Arc<Chain>, arena: Arena, bytes: u64) -> Result<(), String> {
@@ -178,6 +185,9 @@ async fn one_segment(gateway: &Arc<Gateway>, chain: &Arc<Chain>, arena: Arena, b
         inner.own.insert(segment, own);
         let total = inner.own.values().map(|own| own.bytes).sum();
         inner.totals.shm_peak_bytes = inner.totals.shm_peak_bytes.max(total);
+    }
+    if chain.is_removed() {
+        return Err("the job is deleted".to_owned());
     }
     gateway.agent.share(chain.id, segment, bytes, fd).await;
     growth.admit(segment).map(drop).map_err(|e| e.to_string())

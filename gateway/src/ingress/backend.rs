@@ -17,9 +17,9 @@ use std::{
 };
 
 use arc_swap::ArcSwap;
-use lifl_proxy::Endpoint;
+use lifl_proxy::{Endpoint, Keep};
 
-use super::metrics::Counters;
+use super::{metrics::Counters, rules::Name};
 
 /// Requests that a local address may have more than twice of what a remote one has.
 const SLACK: usize = 4;
@@ -101,6 +101,13 @@ fn less_busy(from: &[Arc<Target>], random: u64) -> Option<&Arc<Target>> {
 
 // === impl BackendName ===
 
+impl BackendName {
+    /// Its service.
+    pub(super) fn of_service(&self) -> Name {
+        Name { namespace: self.namespace.clone(), name: self.service.clone() }
+    }
+}
+
 impl fmt::Display for BackendName {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Self { namespace, service, port } = self;
@@ -163,6 +170,8 @@ impl Lease {
         &self.0
     }
 }
+
+impl Keep for Lease {}
 
 impl Drop for Lease {
     fn drop(&mut self) {

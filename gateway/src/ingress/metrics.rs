@@ -4,16 +4,18 @@
 use std::{
     collections::BTreeMap,
     sync::{
-        Weak,
+        OnceLock, Weak,
         atomic::{AtomicU64, Ordering},
     },
+    time::Duration,
 };
 
 use http::StatusCode;
+use lifl_proxy::observe::{Counts, DURATIONS, Durations};
 use prometheus::{
-    IntCounterVec, IntGaugeVec, Opts, Registry,
+    HistogramOpts, HistogramVec, IntCounterVec, IntGaugeVec, Opts, Registry,
     core::{Collector, Desc},
-    proto::MetricFamily,
+    proto::{self, Bucket, LabelPair, Metric, MetricFamily},
 };
 
 use super::{
@@ -24,9 +26,13 @@ use super::{
 /// Classes of status codes, as labels.
 const CLASSES: [&str; 5] = ["1xx", "2xx", "3xx", "4xx", "5xx"];
 
-/// Requests that went to one backend, by class of the answer.
+/// Requests that went to one backend: by class of the answer, and how long the heads of answers took.
 #[derive(Debug, Default)]
-pub(super) struct Counters([AtomicU64; 5]);
+pub(super) struct Counters {
+    classes: [AtomicU64; 5],
+    /// Made by the first request: most backends of a cluster have none here.
+    waits: OnceLock<Box<Durations>>,
+}
 
 /// Why the gateway itself answered.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -52,20 +58,38 @@ pub(super) struct Metrics {
 struct Requests {
     shared: Weak<Shared>,
     requests: IntCounterVec,
+    waits: HistogramVec,
+}
+
+/// What the backends of one service have counted.
+#[derive(Default)]
+struct Row {
+    classes: [u64; 5],
+    waits: Option<Counts<15>>,
 }
 
 // === impl Counters ===
 
 impl Counters {
-    pub(super) fn count(&self, status: StatusCode) {
+    /// An answer, the head of which took so long.
+    pub(super) fn count(&self, status: StatusCode, wait: Duration) {
+        let nanos = u64::try_from(wait.as_nanos()).unwrap_or(u64::MAX);
+        self.waits.get_or_init(|| Box::new(Durations::new(&DURATIONS))).add(nanos);
         let class = usize::from(status.as_u16() / 100).wrapping_sub(1);
-        if let Some(counter) = self.0.get(class) {
+        if let Some(counter) = self.classes.get(class) {
             counter.fetch_add(1, Ordering::Relaxed);
         }
     }
 
-    fn read(&self) -> [u64; 5] {
-        std::array::from_fn(|class| self.0[class].load(Ordering::Relaxed))
+    fn add_to(&self, row: &mut Row) {
+        for (sum, count) in row.classes.iter_mut().zip(&self.classes) {
+            *sum += count.load(Ordering::Relaxed);
+        }
+        let Some(waits) = self.waits.get().map(|waits| waits.read()) else { return };
+        match &mut row.waits {
+            Some(sum) => sum.add(&waits),
+            none => *none = Some(waits),
+        }
     }
 }
 
@@ -102,7 +126,10 @@ impl Metrics {
         let opts =
             Opts::new("lifl_ingress_requests_total", "Requests that a service answered, by class of the status.");
         let requests = IntCounterVec::new(opts, &["namespace", "service", "code"])?;
-        registry.register(Box::new(Requests { shared, requests }))
+        let name = "lifl_ingress_request_duration_seconds";
+        let opts = HistogramOpts::new(name, "Time until the head of a service's answer.");
+        let waits = HistogramVec::new(opts.buckets(DURATIONS.shown().collect()), &["namespace", "service"])?;
+        registry.register(Box::new(Requests { shared, requests, waits }))
     }
 
     pub(super) fn show(&self, report: &Report) {
@@ -122,25 +149,53 @@ impl Metrics {
 
 impl Collector for Requests {
     fn desc(&self) -> Vec<&Desc> {
-        self.requests.desc()
+        self.requests.desc().into_iter().chain(self.waits.desc()).collect()
     }
 
     fn collect(&self) -> Vec<MetricFamily> {
         let Some(shared) = self.shared.upgrade() else { return Vec::new() };
         // A service with rules for two of its ports has one row.
-        let mut rows: BTreeMap<(String, String), [u64; 5]> = BTreeMap::new();
+        let mut rows: BTreeMap<(String, String), Row> = BTreeMap::new();
         for backend in shared.backends() {
             let row = rows.entry((backend.name.namespace.clone(), backend.name.service.clone())).or_default();
-            for (sum, count) in row.iter_mut().zip(backend.counters.read()) {
-                *sum += count;
-            }
+            backend.counters.add_to(row);
         }
         self.requests.reset();
+        let mut waits = self.waits.collect().pop().unwrap_or_default();
         for ((namespace, service), row) in &rows {
-            for (class, count) in CLASSES.iter().zip(row).filter(|(_, count)| **count > 0) {
+            for (class, count) in CLASSES.iter().zip(&row.classes).filter(|(_, count)| **count > 0) {
                 self.requests.with_label_values(&[namespace.as_str(), service, class]).inc_by(*count);
             }
+            if let Some(counts) = &row.waits {
+                waits.mut_metric().push(metric(namespace, service, counts));
+            }
         }
-        self.requests.collect()
+        let mut families = self.requests.collect();
+        families.push(waits);
+        families
     }
+}
+
+/// A histogram that was counted elsewhere.
+fn metric(namespace: &str, service: &str, counts: &Counts<15>) -> Metric {
+    let mut histogram = proto::Histogram::default();
+    histogram.set_sample_count(counts.count());
+    histogram.set_sample_sum(counts.sum());
+    let buckets = counts.cumulative().map(|(bound, count)| {
+        let mut bucket = Bucket::default();
+        bucket.set_upper_bound(bound);
+        bucket.set_cumulative_count(count);
+        bucket
+    });
+    histogram.set_bucket(buckets.collect());
+    let label = |name: &str, value: &str| {
+        let mut label = LabelPair::default();
+        label.set_name(name.to_owned());
+        label.set_value(value.to_owned());
+        label
+    };
+    let labels = vec![label("namespace", namespace), label("service", service)];
+    let mut metric = Metric::from_label(labels);
+    metric.set_histogram(histogram);
+    metric
 }

@@ -19,15 +19,13 @@ use std::{
 
 use http::{HeaderMap, HeaderName, HeaderValue};
 use lifl_api::ingress::HASH_OVERRIDE;
+use lifl_proxy::queue::K_NETWORK_HASH;
 
 use super::{
     backend::Backend,
     hosts::{HostName, short_forms},
     translate::Translated,
 };
-
-/// Header by which a prober asks for the hash; lower case, as heads are kept.
-const HASH: HeaderName = HeaderName::from_static("k-network-hash");
 
 /// Namespace and name of an Ingress.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -66,8 +64,8 @@ pub(super) struct Head<'a> {
 pub(super) enum Decision<'a> {
     /// No rule is for it.
     Unknown,
-    /// It is sent to HTTPS.
-    Redirect,
+    /// It is sent to HTTPS; with the hash, if it was asked for.
+    Redirect(Option<&'a HeaderValue>),
     /// It goes to a backend.
     Forward(Forward<'a>),
 }
@@ -188,6 +186,13 @@ impl Listener {
         }
     }
 
+    /// The one whose socket is deposited under a name.
+    #[must_use]
+    pub fn of_deposit(name: &str) -> Option<Self> {
+        let names = ["ingress-http", "ingress-https", "ingress-local-http", "ingress-local-https"];
+        Self::ALL.into_iter().zip(names).find(|(_, own)| *own == name).map(|(listener, _)| listener)
+    }
+
     /// Clients speak TLS to it.
     #[must_use]
     pub const fn is_tls(self) -> bool {
@@ -245,15 +250,16 @@ impl Rules {
         let Some(host) = HostName::of(head.authority) else { return Decision::Unknown };
         let routes = self.listeners[listener.index()].routes(host.as_bytes());
         let Some(route) = routes.iter().find(|route| route.takes(head)) else { return Decision::Unknown };
-        let Action::Split(splits) = &route.action else { return Decision::Redirect };
-        let Some(split) = splits.draw(random) else { return Decision::Unknown };
-        let mut hashes = head.headers.get_all(HASH).iter();
+        let mut hashes = head.headers.get_all(K_NETWORK_HASH).iter();
         let asked = hashes.next().is_some_and(|value| value.as_bytes() == HASH_OVERRIDE.as_bytes());
+        let hash = (asked && hashes.next().is_none()).then_some(&route.hash);
+        let Action::Split(splits) = &route.action else { return Decision::Redirect(hash) };
+        let Some(split) = splits.draw(random) else { return Decision::Unknown };
         Decision::Forward(Forward {
             backend: &split.backend,
             headers: &split.headers,
             host: splits.host.as_ref(),
-            hash: (asked && hashes.next().is_none()).then_some(&route.hash),
+            hash,
         })
     }
 

@@ -1,27 +1,36 @@
 //! Listeners, and the way of a request: decide, choose, forward.
 
+use futures_util::FutureExt as _;
 use std::{net::SocketAddr, sync::Arc, time::Duration};
 
 use bytes::Bytes;
 use http::{HeaderName, HeaderValue, Request, Response, StatusCode, Uri, Version, header, uri::PathAndQuery};
 use hyper::body::Body as _;
+use lifl_api::ingress::PROBER_USER_AGENT;
 use lifl_proxy::{
-    Body, Dial, ForwardError, Handle, Limits, Peer, Pool, Protocol, Ride, Server, Tunnels, forward, reply,
+    Body, Dial, ForwardError, Handle, Limits, Peer, Pool, Protocol, Ride, Server, Tunnels, carry, forward,
+    head::K_PROXY_REQUEST,
+    queue::{K_NETWORK_HASH, Queue},
+    reply,
     upstream::SendError,
 };
 use tokio::{
-    net::{TcpListener, TcpStream},
-    sync::{OwnedSemaphorePermit, Semaphore, watch},
+    net::TcpListener,
+    sync::watch,
     task::JoinSet,
-    time::{Instant, sleep, timeout, timeout_at},
+    time::{Instant, sleep, timeout_at},
 };
-use tokio_rustls::TlsAcceptor;
 
 use super::{
     backend::{Backend, Lease, Penalty},
     metrics::Refused,
+    observe::Watch,
     rules::{Decision, Forward, Head, Listener},
-    table::Ingress,
+    table::{Ingress, Report},
+};
+use crate::{
+    observe::Observe,
+    pods::{Pods, Sockets},
     tls,
 };
 
@@ -29,10 +38,7 @@ use super::{
 const AVOIDED: Duration = Duration::from_secs(1);
 /// A request that was never sent is tried at so many addresses.
 const TRIES: usize = 3;
-/// A listener out of descriptors is asked again after this.
-const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
-const NETWORK_HASH: HeaderName = HeaderName::from_static("k-network-hash");
 const FORWARDED_FOR: HeaderName = HeaderName::from_static("x-forwarded-for");
 const FORWARDED_PROTO: HeaderName = HeaderName::from_static("x-forwarded-proto");
 
@@ -56,6 +62,7 @@ pub struct Gate<D, N> {
     pool: Pool<D>,
     nearby: Arc<N>,
     tunnels: Tunnels,
+    observe: Observe,
 }
 
 /// A gate, behind one listener.
@@ -67,19 +74,13 @@ struct Door<D, N> {
 /// What is to be done with a request; where it goes on, its head is already as its backend is to see it.
 enum Way {
     Answer(Response<Body>, Refused),
+    /// A prober's question, answered here.
+    Told(Response<Body>),
     Forward(Arc<Backend>, Lease),
 }
 
-/// What the access log tells of a request.
-struct Line {
-    begun: Instant,
-    method: String,
-    host: String,
-    path: String,
-}
-
-/// Serves listeners until `drain`, then until the requests under way are answered and tunnels have ended; what takes
-/// longer than `patience` is cut off.
+/// Serves listeners until `drain`, and for a `lame_duck` time more in which clients are told to go elsewhere, then until the requests
+/// under way are answered and tunnels have ended; what takes longer than `patience` is cut off.
 ///
 /// # Errors
 /// When the TLS configuration cannot be made.
@@ -88,6 +89,7 @@ pub async fn serve<D: Dial, N: Nearby>(
     listeners: Vec<(Listener, TcpListener)>,
     limits: Limits,
     drain: impl Future<Output = ()>,
+    lame_duck: Duration,
     patience: Duration,
 ) -> Result<(), rustls::Error> {
     let draining = watch::Sender::new(false);
@@ -99,13 +101,19 @@ pub async fn serve<D: Dial, N: Nearby>(
         servers.push(server.clone());
         if listener.is_tls() {
             let which = usize::from(listener == Listener::LocalTls);
-            let config = tls::server(Arc::clone(&gate.ingress.shared.certificates[which]))?;
-            accepting.spawn(listen_tls(server, socket, TlsAcceptor::from(config), limits, draining.subscribe()));
+            let certificates = Arc::clone(&gate.ingress.shared.certificates[which]);
+            let mut draining = draining.subscribe();
+            let end = async move {
+                let _gone_is_drained_too = draining.wait_for(|draining| *draining).await;
+            };
+            accepting.spawn(tls::listen(server, socket, tls::server(certificates)?, limits, end));
         } else {
             accepting.spawn(async move { server.listen(&socket).await });
         }
     }
     drain.await;
+    servers.iter().for_each(Server::begin_drain);
+    sleep(lame_duck).await;
     draining.send_replace(true);
     servers.iter().for_each(Server::close);
     while accepting.join_next().await.is_some() {}
@@ -122,57 +130,15 @@ pub async fn serve<D: Dial, N: Nearby>(
     Ok(())
 }
 
-/// Accepts connections, and shakes hands on each in a task of its own.
-async fn listen_tls<H: Handle>(
-    server: Server<H>,
-    listener: TcpListener,
-    acceptor: TlsAcceptor,
-    limits: Limits,
-    mut draining: watch::Receiver<bool>,
-) {
-    let places = Arc::new(Semaphore::new(limits.connections.min(Semaphore::MAX_PERMITS)));
-    loop {
-        let accepted = tokio::select! {
-            _ = draining.wait_for(|draining| *draining) => return,
-            accepted = accept(&listener, &places) => accepted,
-        };
-        let Some((stream, peer, place)) = accepted else { continue };
-        let (server, acceptor) = (server.clone(), acceptor.clone());
-        tokio::spawn(async move {
-            match timeout(limits.head, acceptor.accept(stream)).await {
-                Ok(Ok(stream)) => server.connection(stream, peer).await,
-                Ok(Err(error)) => tracing::debug!(%error, "TLS handshake"),
-                Err(_) => tracing::debug!("TLS handshake takes too long"),
-            }
-            drop(place);
-        });
-    }
-}
-
-async fn accept(listener: &TcpListener, places: &Arc<Semaphore>) -> Option<(TcpStream, Peer, OwnedSemaphorePermit)> {
-    let place = Arc::clone(places).acquire_owned().await.ok()?;
-    let accepted = listener.accept().await.and_then(|(stream, address)| {
-        stream.set_nodelay(true)?;
-        Ok((stream, Peer::new(address)))
-    });
-    match accepted {
-        Ok((stream, peer)) => Some((stream, peer, place)),
-        Err(error) => {
-            tracing::warn!(%error, "connection is not accepted");
-            sleep(ACCEPT_PAUSE).await;
-            None
-        }
-    }
-}
-
 /// `:authority`, or Host; empty when there is neither.
 fn authority(request: &Request<Body>) -> &str {
     let host = || request.headers().get(header::HOST).and_then(|host| host.to_str().ok());
     request.uri().authority().map(|authority| authority.as_str()).or_else(host).unwrap_or_default()
 }
 
-/// `301` to the same place over HTTPS; the port goes if it was the one that plain HTTP has anyway.
-fn redirect(request: &Request<Body>) -> Response<Body> {
+/// `301` to the same place over HTTPS; the port goes if it was the one that plain HTTP has anyway. A prober is told the hash
+/// here, for its request goes no further.
+fn redirect(request: &Request<Body>, hash: Option<&HeaderValue>) -> Response<Body> {
     let host = authority(request);
     let host = host.strip_suffix(":80").unwrap_or(host);
     let path = request.uri().path_and_query().map_or("/", PathAndQuery::as_str);
@@ -180,10 +146,27 @@ fn redirect(request: &Request<Body>) -> Response<Body> {
     match HeaderValue::try_from(format!("https://{host}{path}")) {
         Ok(location) => {
             response.headers_mut().insert(header::LOCATION, location);
+            if let Some(hash) = hash {
+                response.headers_mut().insert(K_NETWORK_HASH, hash.clone());
+            }
             response
         }
         Err(_) => reply::empty(StatusCode::BAD_REQUEST),
     }
+}
+
+/// Whether it is a prober of Ingresses that asks, ours or another's: it wants to know of the rules, not of what is behind them,
+/// and need not be understood there. Whoever else asks for the hash is answered by the backend, with the hash in its request.
+fn is_prober(request: &Request<Body>) -> bool {
+    let by = request.headers().get(header::USER_AGENT).map(HeaderValue::as_bytes);
+    by.is_some_and(|by| by.starts_with(PROBER_USER_AGENT.as_bytes()))
+}
+
+/// The answer to a prober.
+fn told(hash: &HeaderValue) -> Response<Body> {
+    let mut response = reply::empty(StatusCode::OK);
+    response.headers_mut().insert(K_NETWORK_HASH, hash.clone());
+    response
 }
 
 /// Makes the head what the rule says.
@@ -201,8 +184,10 @@ fn dress(request: &mut Request<Body>, forward: &Forward<'_>, scheme: &'static st
         headers.insert(name.clone(), value.clone());
     }
     if let Some(hash) = forward.hash {
-        headers.insert(NETWORK_HASH, hash.clone());
+        headers.insert(K_NETWORK_HASH, hash.clone());
     }
+    // What comes here has not come by way of the activator, and is not to be counted so.
+    headers.remove(K_PROXY_REQUEST);
     headers.entry(FORWARDED_PROTO).or_insert(HeaderValue::from_static(scheme));
 }
 
@@ -263,13 +248,35 @@ impl Handle for Nobody {
     }
 }
 
+// === impl Pods ===
+
+impl Nearby for Pods {
+    type Pod = Queue<Sockets>;
+
+    fn pod(&self, at: &SocketAddr) -> Option<Arc<Self::Pod>> {
+        self.queue(at)
+    }
+}
+
 // === impl Gate ===
 
 impl<D: Dial, N: Nearby> Gate<D, N> {
     /// A gate of an ingress; its requests use the connections of `pool`.
     #[must_use]
     pub fn new(ingress: Ingress, pool: Pool<D>, nearby: Arc<N>) -> Self {
-        Self { ingress, pool, nearby, tunnels: Tunnels::new() }
+        Self { ingress, pool, nearby, tunnels: Tunnels::new(), observe: Observe::default() }
+    }
+
+    /// The same gate, with what is to be seen of its requests.
+    #[must_use]
+    pub fn observed(self, observe: Observe) -> Self {
+        Self { observe, ..self }
+    }
+
+    /// What became of the last snapshot.
+    #[must_use]
+    pub fn report(&self) -> Report {
+        self.ingress.report()
     }
 
     /// Tunnels that are open.
@@ -288,9 +295,12 @@ impl<D: Dial, N: Nearby> Gate<D, N> {
             let head = Head { authority, path, headers: request.headers() };
             match rules.decide(listener, &head, fastrand::u64(..)) {
                 Decision::Unknown => return Way::Answer(reply::empty(StatusCode::NOT_FOUND), Refused::Unknown),
-                Decision::Redirect => return Way::Answer(redirect(request), Refused::Redirected),
+                Decision::Redirect(hash) => return Way::Answer(redirect(request, hash), Refused::Redirected),
                 Decision::Forward(forward) => {
                     if let Some(lease) = forward.backend.choose(fastrand::u64(..)) {
+                        if let Some(hash) = forward.hash.filter(|_| is_prober(request)) {
+                            return Way::Told(told(hash));
+                        }
                         dress(request, &forward, if listener.is_tls() { "https" } else { "http" });
                         return Way::Forward(Arc::clone(forward.backend), lease);
                     }
@@ -311,13 +321,17 @@ impl<D: Dial, N: Nearby> Gate<D, N> {
         peer: &Peer,
         backend: &Backend,
         mut lease: Lease,
+        watch: &mut Option<Watch>,
     ) -> Result<Response<Body>, ForwardError> {
         let mut tries = 0;
         loop {
             let target = Arc::clone(lease.target());
+            if let Some(watch) = watch {
+                watch.target(target.endpoint.addr);
+            }
             if let Some(pod) = self.nearby.pod(&target.endpoint.addr) {
                 arrive(&mut request, peer, target.endpoint.protocol);
-                return Ok(pod.handle(request, peer).await.map(|body| body.with(None, lease)));
+                return Ok(carry(pod.handle(request, peer).await, lease));
             }
             let of_another;
             let upstream = match target.kept(|| self.pool.upstream(target.endpoint)) {
@@ -339,10 +353,13 @@ impl<D: Dial, N: Nearby> Gate<D, N> {
                 return Err(error);
             }
             let penalty = Penalty::new(Arc::clone(&target));
-            tokio::spawn(async move {
-                sleep(AVOIDED).await;
-                drop(penalty);
-            });
+            tokio::spawn(
+                async move {
+                    sleep(AVOIDED).await;
+                    drop(penalty);
+                }
+                .boxed(),
+            );
             match again.zip(backend.choose(fastrand::u64(..))) {
                 Some((same, other)) => (request, lease) = (same, other),
                 None => return Err(error),
@@ -358,6 +375,7 @@ impl<D, N> Clone for Gate<D, N> {
             pool: self.pool.clone(),
             nearby: Arc::clone(&self.nearby),
             tunnels: self.tunnels.clone(),
+            observe: self.observe.clone(),
         }
     }
 }
@@ -365,70 +383,59 @@ impl<D, N> Clone for Gate<D, N> {
 // === impl Door ===
 
 impl<D: Dial, N: Nearby> Door<D, N> {
-    async fn answer(&self, mut request: Request<Body>, peer: &Peer) -> (Response<Body>, Option<Arc<Backend>>) {
+    async fn answer(
+        &self,
+        mut request: Request<Body>,
+        peer: &Peer,
+        begun: Instant,
+        watch: &mut Option<Watch>,
+    ) -> Response<Body> {
         let (backend, lease) = match self.gate.way(self.listener, &mut request) {
             Way::Answer(response, reason) => {
-                self.refused(reason);
-                return (response, None);
+                self.refused(reason, watch);
+                return response;
+            }
+            Way::Told(response) => {
+                // A prober's question is nobody's request.
+                if let Some(watch) = watch.take() {
+                    watch.forget();
+                }
+                return response;
             }
             Way::Forward(backend, lease) => (backend, lease),
         };
-        let response = match self.gate.pass(request, peer, &backend, lease).await {
+        if let Some(watch) = watch {
+            watch.routed(&request, &backend);
+        }
+        match self.gate.pass(request, peer, &backend, lease, watch).await {
             Ok(response) => {
-                backend.counters.count(response.status());
+                backend.counters.count(response.status(), begun.elapsed());
                 response
             }
             Err(error) => {
                 tracing::debug!(%error, backend = %backend.name, "no answer");
-                self.refused(Refused::Upstream);
+                self.refused(Refused::Upstream, watch);
                 failure(&error)
             }
-        };
-        (response, Some(backend))
+        }
     }
 
-    fn refused(&self, reason: Refused) {
+    fn refused(&self, reason: Refused, watch: &mut Option<Watch>) {
         self.gate.ingress.shared.metrics.refused(self.listener, reason);
+        if let Some(watch) = watch {
+            watch.refused(reason);
+        }
     }
 }
 
 impl<D: Dial, N: Nearby> Handle for Door<D, N> {
-    async fn handle(&self, request: Request<Body>, peer: &Peer) -> Response<Body> {
-        if !self.gate.ingress.shared.settings.access_log {
-            return self.answer(request, peer).await.0;
+    async fn handle(&self, mut request: Request<Body>, peer: &Peer) -> Response<Body> {
+        let begun = Instant::now();
+        let mut watch = self.gate.observe.begin(self.listener, &mut request, peer);
+        let response = self.answer(request, peer, begun, &mut watch).await;
+        match watch {
+            Some(watch) => watch.answered(response),
+            None => response,
         }
-        let line = Line::new(&request);
-        let (response, backend) = self.answer(request, peer).await;
-        line.write(self.listener, peer, &response, backend.as_deref());
-        response
-    }
-}
-
-// === impl Line ===
-
-impl Line {
-    fn new(request: &Request<Body>) -> Self {
-        Self {
-            begun: Instant::now(),
-            method: request.method().to_string(),
-            host: authority(request).to_owned(),
-            path: request.uri().path().to_owned(),
-        }
-    }
-
-    /// The head of the response is there.
-    fn write(self, listener: Listener, peer: &Peer, response: &Response<Body>, backend: Option<&Backend>) {
-        tracing::info!(
-            target: "access",
-            listener = listener.label(),
-            client = %peer.addr,
-            method = self.method,
-            host = self.host,
-            path = self.path,
-            status = response.status().as_u16(),
-            backend = backend.map(|backend| backend.name.to_string()),
-            micros = u64::try_from(self.begun.elapsed().as_micros()).unwrap_or(u64::MAX),
-            "request"
-        );
     }
 }

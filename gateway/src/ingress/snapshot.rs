@@ -17,10 +17,13 @@ use k8s_openapi::{
 use lifl_api::ingress::KIngress;
 use lifl_proxy::{Endpoint, Protocol};
 
-use super::backend::{BackendName, Port};
+use super::{
+    backend::{BackendName, Port},
+    rules::Name,
+};
 
 /// Label by which a slice names its service.
-const SERVICE_LABEL: &str = "kubernetes.io/service-name";
+pub(super) const SERVICE_LABEL: &str = "kubernetes.io/service-name";
 
 /// Everything at one instant. Cheap to make from watched stores: nothing is copied.
 #[derive(Clone, Debug, Default)]
@@ -37,8 +40,21 @@ pub struct Snapshot {
     pub secrets: Vec<Arc<Secret>>,
     /// Addresses of the external names of services, as far as they are known.
     pub names: BTreeMap<String, Vec<IpAddr>>,
-    /// Networks of pods that this process dials from inside, by the pod's address: see [`Endpoint::place`].
-    pub places: BTreeMap<IpAddr, u64>,
+    /// Why secrets that rules name are not among [`secrets`](Self::secrets), where there is more to say than that they are not.
+    pub refused: BTreeMap<Name, String>,
+    /// The gateways of the cluster.
+    pub gateways: Gateways,
+    /// This node's name, where only objects tell it.
+    pub node: Option<String>,
+}
+
+/// The gateways of a cluster that take requests, by the names of their pods.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Gateways {
+    /// Where each takes those of clients outside.
+    pub public: BTreeMap<String, SocketAddr>,
+    /// Where each takes those of clients inside.
+    pub private: BTreeMap<String, SocketAddr>,
 }
 
 /// The addresses of a port of a service.
@@ -176,6 +192,11 @@ impl<'a> Catalog<'a> {
         out
     }
 
+    /// Whether the service of a backend is known.
+    pub(super) fn has(&self, backend: &BackendName) -> bool {
+        self.services.contains_key(&(backend.namespace.as_str(), backend.service.as_str()))
+    }
+
     /// The name outside the cluster that a service stands for.
     pub(super) fn external_name(&self, backend: &BackendName) -> Option<&'a str> {
         let service = self.services.get(&(backend.namespace.as_str(), backend.service.as_str()))?;
@@ -210,9 +231,8 @@ impl<'a> Catalog<'a> {
     fn add(&self, address: &str, node: Option<&str>, port: u16, protocol: Protocol, out: &mut Addresses) {
         // Slices of names (addressType FQDN) are deprecated, and nobody in the path of a revision writes them.
         let Ok(ip) = address.parse::<IpAddr>() else { return };
-        let place = self.snapshot.places.get(&ip).copied().unwrap_or_default();
-        let endpoint = Endpoint { addr: SocketAddr::new(ip, port), protocol, place };
-        let near = place != 0 || (!self.node.is_empty() && node == Some(self.node));
+        let endpoint = Endpoint { addr: SocketAddr::new(ip, port), protocol, place: 0 };
+        let near = !self.node.is_empty() && node == Some(self.node);
         if near { &mut out.near } else { &mut out.far }.insert(endpoint);
     }
 }
@@ -242,7 +262,7 @@ mod tests {
         let name = BackendName { namespace: "n".into(), service: "s".into(), port };
         let found = Catalog::new(snapshot, "here").addresses(&name);
         let texts = |set: &BTreeSet<Endpoint>| {
-            set.iter().map(|end| format!("{} {:?} {}", end.addr, end.protocol, end.place)).collect::<Vec<_>>()
+            set.iter().map(|end| format!("{} {:?}", end.addr, end.protocol)).collect::<Vec<_>>()
         };
         (texts(&found.near), texts(&found.far))
     }
@@ -266,12 +286,11 @@ mod tests {
                 ),
                 slice("b", json!([{"name": "http2", "port": 9013}]), json!([{"addresses": ["10.0.0.4"]}])),
             ],
-            places: BTreeMap::from([("10.0.0.1".parse().unwrap(), 7)]),
             ..Snapshot::default()
         };
         let want = (
-            vec!["10.0.0.1:8013 H2c 7".to_owned()],
-            vec!["10.0.0.2:8013 H2c 0".to_owned(), "10.0.0.4:9013 H2c 0".to_owned()],
+            vec!["10.0.0.1:8013 H2c".to_owned()],
+            vec!["10.0.0.2:8013 H2c".to_owned(), "10.0.0.4:9013 H2c".to_owned()],
         );
         assert_eq!(find(&snapshot, Port::Number(81)), want);
         assert_eq!(find(&snapshot, Port::Name("http2".into())), want);
@@ -293,9 +312,9 @@ mod tests {
                               {"name": "https", "port": 8112, "protocol": "TCP"}]}]}))],
             ..Snapshot::default()
         };
-        assert_eq!(find(&snapshot, Port::Number(80)).0, ["10.244.0.28:8012 H1 0"]);
+        assert_eq!(find(&snapshot, Port::Number(80)).0, ["10.244.0.28:8012 H1"]);
         let unnamed = Snapshot { services: Vec::new(), ..snapshot };
-        assert_eq!(find(&unnamed, Port::Number(80)).0, ["10.244.0.28:8012 H1 0"], "without the service, by its name");
+        assert_eq!(find(&unnamed, Port::Number(80)).0, ["10.244.0.28:8012 H1"], "without the service, by its name");
     }
 
     #[test]
@@ -305,7 +324,7 @@ mod tests {
             slices: vec![slice("a", json!([{"name": "", "port": 3000}]), json!([{"addresses": ["10.0.0.1"]}]))],
             ..Snapshot::default()
         };
-        assert_eq!(find(&snapshot, Port::Number(80)).1, ["10.0.0.1:3000 H1 0"]);
+        assert_eq!(find(&snapshot, Port::Number(80)).1, ["10.0.0.1:3000 H1"]);
     }
 
     #[test]
@@ -319,6 +338,6 @@ mod tests {
             names: BTreeMap::from([("inner.svc".to_owned(), vec!["10.1.1.1".parse().unwrap()])]),
             ..Snapshot::default()
         };
-        assert_eq!(find(&snapshot, Port::Number(80)).1, ["10.1.1.1:80 H2c 0"]);
+        assert_eq!(find(&snapshot, Port::Number(80)).1, ["10.1.1.1:80 H2c"]);
     }
 }

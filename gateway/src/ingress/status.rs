@@ -3,16 +3,20 @@
 use http::{HeaderMap, StatusCode};
 use jiff::Timestamp;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
-use lifl_api::ingress::{HASH_HEADER, IngressStatus, KCondition, KIngress, LoadBalancer, LoadBalancerEntry};
+use lifl_api::ingress::{IngressStatus, KCondition, KIngress, LoadBalancer, LoadBalancerEntry};
+use lifl_proxy::queue::K_NETWORK_HASH;
 
-use super::table::Outcome;
+use super::{rules::Name, table::Outcome};
 
 const NETWORK: &str = "NetworkConfigured";
 const BALANCER: &str = "LoadBalancerReady";
 const READY: &str = "Ready";
 
+/// Knative's words; what is waited for comes behind where it is known.
+const WAITING: &str = "Waiting for load balancer to be ready";
+
 /// Where clients find the gateways.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Entrances {
     /// Name of the service for clients outside, as it is known inside the cluster.
     pub public: String,
@@ -39,8 +43,13 @@ struct Says {
 /// Judges the answer to a probe with `K-Network-Hash: override`.
 #[must_use]
 pub fn judge(status: StatusCode, headers: &HeaderMap, hash: &str) -> Probed {
-    match (status, headers.get(HASH_HEADER)) {
-        (StatusCode::OK, Some(told)) if !told.is_empty() && told.as_bytes() != hash.as_bytes() => Probed::NotYet,
+    match (status, headers.get(K_NETWORK_HASH)) {
+        // A redirect tells its hash too: a version before may have redirected as well.
+        (StatusCode::OK | StatusCode::MOVED_PERMANENTLY, Some(told))
+            if !told.is_empty() && told.as_bytes() != hash.as_bytes() =>
+        {
+            Probed::NotYet
+        }
         (StatusCode::NOT_FOUND | StatusCode::SERVICE_UNAVAILABLE, _) => Probed::NotYet,
         _ => Probed::Ready,
     }
@@ -58,11 +67,15 @@ pub fn status(
     now: Timestamp,
 ) -> IngressStatus {
     let before = king.status.clone().unwrap_or_default();
+    let waiting = |why: String| Says::new("Unknown", "Uninitialized", &format!("{WAITING}{why}"));
     let (network, balancer) = match outcome {
         Outcome::Served if probed => (Says::yes(), Says::yes()),
-        Outcome::Served | Outcome::Waiting(_) => {
-            (Says::yes(), Says::new("Unknown", "Uninitialized", "Waiting for load balancer to be ready"))
+        Outcome::Served => (Says::yes(), waiting(String::new())),
+        Outcome::Missing(backend) => {
+            let Name { namespace, name } = backend.of_service();
+            (Says::yes(), waiting(format!(": there is no Service '{namespace}/{name}'")))
         }
+        Outcome::Waiting(backend) => (Says::yes(), waiting(format!(": '{backend}' has no ready address"))),
         Outcome::Conflict(_) => (
             Says::as_before(NETWORK, &before),
             Says::new(
@@ -191,8 +204,26 @@ mod tests {
     }
 
     #[test]
+    fn what_is_waited_for_is_told() {
+        let backend = || super::super::backend::BackendName {
+            namespace: "golden".into(),
+            service: "shop".into(),
+            port: super::super::backend::Port::Number(80),
+        };
+        let message = |outcome: &Outcome| {
+            let got = of(&king(json!({})), outcome, false, "2026-11-23T01:11:30Z");
+            assert_eq!(got["conditions"][2]["status"], "Unknown");
+            got["conditions"][2]["message"].as_str().unwrap().to_owned()
+        };
+        let missing = message(&Outcome::Missing(backend()));
+        assert_eq!(missing, "Waiting for load balancer to be ready: there is no Service 'golden/shop'");
+        let waiting = message(&Outcome::Waiting(backend()));
+        assert_eq!(waiting, "Waiting for load balancer to be ready: 'golden/shop:80' has no ready address");
+    }
+
+    #[test]
     fn a_conflict_is_told() {
-        let name = super::super::rules::Name { namespace: "n".into(), name: "first".into() };
+        let name = Name { namespace: "n".into(), name: "first".into() };
         let ready = of(&king(json!({})), &Outcome::Served, true, "2026-11-23T01:11:30Z");
         let got = of(&king(ready), &Outcome::Conflict(name), false, "2026-11-23T03:00:00Z");
         assert_eq!(got["conditions"][0]["reason"], "DomainConflict");
@@ -210,7 +241,7 @@ mod tests {
 
     #[test]
     fn answers_to_probes_are_judged_as_knative_does() {
-        let with = |hash: &str| HeaderMap::from_iter([("k-network-hash".parse().unwrap(), hash.parse().unwrap())]);
+        let with = |hash: &str| HeaderMap::from_iter([(K_NETWORK_HASH, hash.parse().unwrap())]);
         let none = HeaderMap::new();
         for (status, headers, want) in [
             (200, with("abc"), Probed::Ready),
@@ -219,6 +250,8 @@ mod tests {
             (404, none.clone(), Probed::NotYet),
             (503, with("abc"), Probed::NotYet),
             (302, none.clone(), Probed::Ready),
+            (301, with("abc"), Probed::Ready),
+            (301, with("old"), Probed::NotYet),
             (500, none, Probed::Ready),
         ] {
             assert_eq!(judge(StatusCode::from_u16(status).unwrap(), &headers, "abc"), want, "{status}");

@@ -20,9 +20,9 @@ use super::{
     metrics::{Counters, Metrics},
     rules::{Name, Rules},
     snapshot::{Addresses, Catalog, Snapshot},
-    tls::{self, ByHost, Certificates},
     translate::Translated,
 };
+use crate::tls::{self, ByHost, Certificates};
 
 /// What the ingress is told once.
 #[derive(Clone, Debug)]
@@ -31,10 +31,8 @@ pub struct Settings {
     pub class: String,
     /// Domain of the cluster, for short forms of hosts.
     pub domain: String,
-    /// This node's name: addresses on it come first.
+    /// This node's name: addresses on it come first. [`Snapshot::node`] wins.
     pub node: String,
-    /// A line in the log for each request.
-    pub access_log: bool,
 }
 
 /// The ingress of a node: rules, backends, certificates. Cheap to clone; all clones are one.
@@ -50,6 +48,8 @@ pub enum Outcome {
     Served,
     /// A backend has no address yet. The version before goes on being served; where there is none, requests get a 503.
     Waiting(BackendName),
+    /// The service of a backend is not there (yet); as [`Outcome::Waiting`] otherwise.
+    Missing(BackendName),
     /// Another one has one of its hosts; it is not served.
     Conflict(Name),
     /// It cannot be read, or a certificate is missing. The version before goes on being served.
@@ -107,7 +107,7 @@ struct Pair {
 
 impl Default for Settings {
     fn default() -> Self {
-        Self { class: CLASS.to_owned(), domain: "cluster.local".to_owned(), node: String::new(), access_log: false }
+        Self { class: CLASS.to_owned(), domain: "cluster.local".to_owned(), node: String::new() }
     }
 }
 
@@ -117,9 +117,20 @@ impl Outcome {
     pub(super) const fn label(&self) -> &'static str {
         match self {
             Self::Served => "served",
-            Self::Waiting(_) => "waiting",
+            Self::Waiting(_) | Self::Missing(_) => "waiting",
             Self::Conflict(_) => "conflict",
             Self::Failed(_) => "failed",
+        }
+    }
+
+    /// Why it is not served; a word for people.
+    pub(super) fn why(&self) -> Option<String> {
+        match self {
+            Self::Served => None,
+            Self::Waiting(backend) => Some(format!("{backend} has no ready address")),
+            Self::Missing(backend) => Some(format!("there is no Service {}", backend.of_service())),
+            Self::Conflict(other) => Some(format!("{other} has one of its hosts")),
+            Self::Failed(why) => Some(why.clone()),
         }
     }
 }
@@ -147,7 +158,8 @@ impl Ingress {
     pub fn apply(&self, snapshot: &Snapshot) -> Report {
         let mut writer = self.shared.writer();
         writer.read(snapshot, &self.shared.settings.class);
-        let gone = writer.bring(snapshot, &self.shared.settings.node);
+        let node = snapshot.node.as_deref().unwrap_or(&self.shared.settings.node);
+        let gone = writer.bring(snapshot, node);
         writer.read_secrets(snapshot);
         let candidates = writer.choose();
         if !same(&candidates, &writer.candidates) {
@@ -164,7 +176,7 @@ impl Ingress {
             backend.set(Vec::new(), Vec::new());
         }
         writer.sweep();
-        writer.report = writer.judge(snapshot, &self.shared.settings.node);
+        writer.report = writer.judge(snapshot, node);
         self.shared.metrics.show(&writer.report);
         writer.report.clone()
     }
@@ -257,7 +269,8 @@ impl Writer {
         let mut old = std::mem::take(&mut self.secrets);
         for name in named {
             let old = old.remove(&name);
-            let new = Pair::new(old, there.get(&name).copied());
+            let refused = snapshot.refused.get(&name).map(String::as_str);
+            let new = Pair::new(old, there.get(&name).copied(), refused);
             self.secrets.insert(name, new);
         }
     }
@@ -333,14 +346,14 @@ impl Writer {
         for (name, version) in &self.latest {
             let (hash, outcome) = match &version.read {
                 Err(fault) => (None, Outcome::Failed(fault.clone())),
-                Ok(read) => (Some(read.hash.clone()), self.outcome(name, read)),
+                Ok(read) => (Some(read.hash.clone()), self.outcome(name, read, &catalog)),
             };
             report.ingresses.insert(name.clone(), (hash, outcome));
         }
         report
     }
 
-    fn outcome(&self, name: &Name, read: &Translated) -> Outcome {
+    fn outcome(&self, name: &Name, read: &Translated, catalog: &Catalog<'_>) -> Outcome {
         if let Some(fault) = self.fault(read) {
             return Outcome::Failed(fault);
         }
@@ -348,6 +361,7 @@ impl Writer {
             return Outcome::Conflict(other.clone());
         }
         match self.wanting(read) {
+            Some(backend) if !catalog.has(backend) => Outcome::Missing(backend.clone()),
             Some(backend) => Outcome::Waiting(backend.clone()),
             None => Outcome::Served,
         }
@@ -357,10 +371,12 @@ impl Writer {
 // === impl Pair ===
 
 impl Pair {
-    fn new(old: Option<Self>, secret: Option<&Arc<Secret>>) -> Self {
+    /// `refused` is why the secret was not told.
+    fn new(old: Option<Self>, secret: Option<&Arc<Secret>>, refused: Option<&str>) -> Self {
         let last_good = old.as_ref().and_then(|old| old.last_good.clone());
         let Some(secret) = secret else {
-            return Self { secret: None, last_good, fault: Some("it is not there".to_owned()) };
+            let fault = Some(refused.unwrap_or("it is not there").to_owned());
+            return Self { secret: None, last_good, fault };
         };
         let alike = |before: &Arc<Secret>| {
             Arc::ptr_eq(before, secret) || (before.data == secret.data && before.string_data == secret.string_data)

@@ -44,17 +44,34 @@ pub(super) struct Certificate {
 
 /// An Ingress that cannot be served as it stands.
 #[derive(Debug, thiserror::Error)]
-pub(super) enum Fault {
+pub enum Fault {
+    /// It has no name.
     #[error("no namespace or no name")]
     Nameless,
+    /// Its spec cannot be written as JSON.
     #[error("the spec cannot be hashed: {0}")]
     Hash(#[from] serde_json::Error),
+    /// A rule does not say what becomes of its requests.
     #[error("a rule for {0:?} has no 'http'")]
     NoHttp(Vec<String>),
+    /// A header that cannot be.
     #[error("'{0}' is not the name of a header")]
     HeaderName(String),
+    /// A header that cannot be so.
     #[error("'{value}' cannot be the value of '{name}'")]
-    HeaderValue { name: String, value: String },
+    HeaderValue {
+        /// The header.
+        name: String,
+        /// What it is to be.
+        value: String,
+    },
+    /// Pods that want to be spoken to over TLS.
+    #[error(
+        "'{0}' is asked over TLS, which is not spoken to pods yet: `system-internal-tls` in Knative's ConfigMap config-network is to \
+         be off"
+    )]
+    Tls(BackendName),
+    /// Shares that divide nothing.
     #[error("the splits of path '{0}' have no share of the requests, or a negative one")]
     Shares(String),
 }
@@ -94,7 +111,11 @@ fn splits(path: &IngressPath, backend: &mut impl FnMut(BackendName) -> Arc<Backe
             headers.insert(key.as_str().to_owned(), (key, value));
         }
         let headers = headers.into_values().collect();
-        list.push(Split { until: total, backend: backend(backend_of(split)), headers });
+        let name = backend_of(split);
+        if matches!(&name.port, Port::Number(443)) || matches!(&name.port, Port::Name(port) if port == "https") {
+            return Err(Fault::Tls(name));
+        }
+        list.push(Split { until: total, backend: backend(name), headers });
     }
     if total == 0 {
         return Err(Fault::Shares(path.path.clone()));
@@ -198,6 +219,36 @@ impl Rule {
     pub(super) fn join(&self, parts: &mut [Vec<Routes>; 4]) {
         for (part, routes) in parts.iter_mut().zip(&self.routes) {
             part.extend(routes.clone());
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::{Value, json};
+
+    use super::{super::metrics::Counters, *};
+
+    fn translated(port: &Value) -> Result<Translated, Fault> {
+        let split = json!({"serviceNamespace": "golden", "serviceName": "blue", "servicePort": port, "percent": 100});
+        let king: KIngress = serde_json::from_value(json!({
+            "apiVersion": "networking.internal.knative.dev/v1alpha1", "kind": "Ingress",
+            "metadata": {"namespace": "golden", "name": "shop"},
+            "spec": {"rules": [{"hosts": ["shop.example.com"], "http": {"paths": [{"splits": [split]}]}}]},
+        }))
+        .unwrap();
+        Translated::new(&king, |name| Arc::new(Backend::new(name, Counters::default())))
+    }
+
+    #[test]
+    fn pods_that_are_to_be_asked_over_tls_are_refused_by_name() {
+        for port in [json!(443), json!("https")] {
+            let fault = translated(&port).unwrap_err();
+            assert!(matches!(&fault, Fault::Tls(name) if name.service == "blue"), "{fault}");
+            assert!(fault.to_string().contains("system-internal-tls"), "{fault}");
+        }
+        for port in [json!(80), json!(81), json!("http2")] {
+            assert!(translated(&port).is_ok(), "{port}");
         }
     }
 }

@@ -1,26 +1,39 @@
 //! The pods that are served, and the one writer of them.
 
+use futures_util::FutureExt as _;
 use std::{
     collections::{HashMap, HashSet},
     net::{Ipv4Addr, SocketAddr, TcpListener as StdListener},
     os::fd::OwnedFd,
-    sync::{Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard},
+    sync::{Arc, OnceLock, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard, Weak},
     time::Duration,
 };
 
 use lifl_api::pod::{NodePod, PodAsk, PodPort, PodWord};
+use lifl_cluster::Key;
 use lifl_proxy::{
     Handle, Limits, Pool, PoolLimits, Server, Timeouts,
-    queue::{Admin, Figures, Probe, ProbeError, QUIET, Queue, Settings, TUNNELS},
+    queue::{Admin, Figures, Metrics, Probe, ProbeError, QUIET, Queue, Settings, TUNNELS},
 };
+use rustix::net::{Shutdown, shutdown};
 use serde_json::{Value, json};
-use tokio::{net::TcpListener, sync::mpsc};
+use tokio::{
+    net::TcpListener,
+    sync::mpsc,
+    task::{AbortHandle, JoinSet},
+};
 
 use super::Sockets;
-use crate::ingress::Nearby;
+use crate::{
+    observe::Observers,
+    secrets::{Known, Secrets},
+    tls::{self, Certificate, TlsFault},
+};
 
 /// Connections to a pod's ports for probes, drain and figures: kubelet and autoscaler, and no crowd.
 const SIDE_CONNECTIONS: usize = 64;
+/// They are closed after so long without a request: whoever reaches the pod could hold all of them.
+const SIDE_IDLE: Duration = Duration::from_secs(30);
 
 /// The pods of this node, as requests find them. Clones share them.
 #[derive(Clone, Debug)]
@@ -33,6 +46,10 @@ struct Shared {
     pool: Pool<Sockets>,
     sockets: Sockets,
     limits: Limits,
+    /// Where certificates of pods come from; nowhere without Kubernetes.
+    secrets: OnceLock<Secrets>,
+    /// What is to be seen of their requests; nothing without.
+    observers: OnceLock<Observers>,
     table: RwLock<Table>,
 }
 
@@ -47,10 +64,41 @@ struct Table {
 #[derive(Debug)]
 struct Served {
     pod: NodePod,
+    /// None while another gateway accepts.
+    listeners: Vec<Listening>,
     queue: Arc<Queue<Sockets>>,
+    servers: Servers,
+    /// Closed when another gateway came; this one took over again, and they have requests under way still.
+    former: Vec<Servers>,
+}
+
+/// What is served at the ports of a pod. Once closed they stay so.
+#[derive(Clone, Debug)]
+struct Servers {
     requests: Server<Queue<Sockets>>,
     figures: Server<Figures<Sockets>>,
     admin: Server<Admin<Sockets>>,
+    /// None where nobody asks for them: a pod costs what it uses.
+    metrics: Option<Server<Metrics<Sockets>>>,
+}
+
+/// A listener of a pod, and the task that accepts, if the port is served.
+#[derive(Debug)]
+struct Listening {
+    port: PodPort,
+    listener: Arc<TcpListener>,
+    task: Option<AbortHandle>,
+}
+
+/// A pod that is served, and its listeners: for an agent that does not know it.
+#[derive(Debug)]
+pub struct Held {
+    /// The pod.
+    pub pod: NodePod,
+    /// What each listener is for.
+    pub ports: Vec<PodPort>,
+    /// As the agent gave them.
+    pub listeners: Vec<Arc<TcpListener>>,
 }
 
 /// Why a pod is not served.
@@ -64,6 +112,8 @@ enum ServeError {
     Json(#[from] serde_json::Error),
     #[error("listener: {0}")]
     Io(#[from] std::io::Error),
+    #[error("TLS: {0}")]
+    Tls(#[from] TlsFault),
 }
 
 // === impl Pods ===
@@ -73,8 +123,9 @@ impl Pods {
     #[must_use]
     pub fn new(ask: mpsc::UnboundedSender<PodAsk>, limits: Limits) -> Self {
         let sockets = Sockets::new(ask);
-        let pool = Pool::new(sockets.clone(), PoolLimits::default());
-        Self { shared: Arc::new(Shared { pool, sockets, limits, table: RwLock::default() }) }
+        let pool = Pool::new(sockets.clone(), PoolLimits { connect: Sockets::PATIENCE, ..PoolLimits::default() });
+        let (secrets, observers, table) = (OnceLock::new(), OnceLock::new(), RwLock::default());
+        Self { shared: Arc::new(Shared { pool, sockets, limits, secrets, observers, table }) }
     }
 
     /// Connections to places, those of pods among them.
@@ -83,10 +134,64 @@ impl Pods {
         &self.shared.pool
     }
 
+    /// Pods that ask for TLS get their certificates from here. To be called before they are told of.
+    pub(crate) fn read_secrets(&self, secrets: Secrets) {
+        let _once = self.shared.secrets.set(secrets);
+    }
+
+    /// Lines, spans and figures of their requests are made by these. To be called before pods are told of.
+    pub fn observe(&self, observers: Observers) {
+        let _once = self.shared.observers.set(observers);
+    }
+
     /// The agent was started again, or this is the first one: it tells everything.
     pub fn agent_is_new(&self) {
         self.write().told.clear();
         self.shared.sockets.agent_is_new();
+    }
+
+    /// What this gateway accepts from, to be told to a new agent: it may be that of another pod of the agent's, and know nothing.
+    #[must_use]
+    pub fn held(&self) -> Vec<Held> {
+        let table = self.read();
+        let listening = table.places.values().filter(|served| !served.listeners.is_empty());
+        listening.map(Served::held).collect()
+    }
+
+    /// Another gateway of this node serves the pods: what has come is answered, nothing more is accepted. The sockets are shared,
+    /// so they are let go, not shut down. Who keeps a connection is sent there, too: each gateway counts a pod's requests for
+    /// itself, so two of them would let in twice as many. Requests of this gateway's own ingress go there as to any pod elsewhere.
+    pub fn superseded(&self) {
+        let mut table = self.write();
+        table.at.clear();
+        for served in table.places.values_mut() {
+            served.let_go();
+            served.servers.close();
+        }
+    }
+
+    /// Clients are told to go elsewhere with their next answers; what connects is served still.
+    pub fn begin_drain(&self) {
+        for served in self.read().places.values() {
+            served.servers.requests.begin_drain();
+        }
+    }
+
+    /// The end: nothing more is accepted, what has come is answered. Who connects now waits for the next gateway.
+    pub async fn drain(&self) {
+        let mut ends = JoinSet::new();
+        for served in self.write().places.values_mut() {
+            served.let_go();
+            served.servers.close();
+            let (all, queue) = (served.all_servers(), Arc::clone(&served.queue));
+            ends.spawn(async move {
+                for servers in all {
+                    servers.closed().await;
+                }
+                queue.tunnels().end(TUNNELS).await;
+            });
+        }
+        ends.join_all().await;
     }
 
     /// A word of the agent, with what came beside it.
@@ -123,7 +228,7 @@ impl Pods {
                 "address": served.pod.address,
                 "draining": served.queue.drain().draining(),
                 "requests": served.queue.depth(),
-                "connections": served.requests.open(),
+                "connections": served.servers.requests.open(),
             })
         };
         Value::Array(table.places.iter().map(one).collect())
@@ -136,7 +241,8 @@ impl Pods {
             table.places.contains_key(&place)
         };
         if known {
-            // A new agent adopted the same sockets; ours listen already.
+            // A new agent adopted the same sockets; ours listen already, unless another gateway had them meanwhile.
+            self.listen_again(place, ports, fds);
             return self.changed(place, pod);
         }
         self.shared.sockets.open(place);
@@ -151,6 +257,20 @@ impl Pods {
                 tracing::error!(%error, place, "pod is not served");
             }
         }
+    }
+
+    fn listen_again(&self, place: u64, ports: &[PodPort], fds: Vec<OwnedFd>) {
+        let mut table = self.write();
+        let Some(served) = table.places.get_mut(&place).filter(|served| served.listeners.is_empty()) else { return };
+        served.open_again(&self.shared);
+        if let Err(error) = served.listen(&self.shared, ports, fds) {
+            return tracing::error!(%error, place, "pod is not served again");
+        }
+        if served.pod.draining {
+            served.end();
+        }
+        let (at, queue) = (served.at(), Arc::clone(&served.queue));
+        table.at.insert(at, queue);
     }
 
     /// Settings are read once, as queue-proxy reads its environment; but a pod that is to end is told so.
@@ -169,7 +289,10 @@ impl Pods {
         let served = {
             let mut table = self.write();
             let served = table.places.remove(&place);
-            if let Some(served) = &served {
+            // Its address may be that of another pod already.
+            if let Some(served) = &served
+                && table.at.get(&served.at()).is_some_and(|queue| Arc::ptr_eq(queue, &served.queue))
+            {
                 table.at.remove(&served.at());
             }
             served
@@ -180,20 +303,17 @@ impl Pods {
         }
     }
 
+    /// Who answers for the pod that listens at an address, if it is served here.
+    pub(crate) fn queue(&self, at: &SocketAddr) -> Option<Arc<Queue<Sockets>>> {
+        self.read().at.get(at).cloned()
+    }
+
     fn read(&self) -> RwLockReadGuard<'_, Table> {
         self.shared.table.read().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn write(&self) -> RwLockWriteGuard<'_, Table> {
         self.shared.table.write().unwrap_or_else(PoisonError::into_inner)
-    }
-}
-
-impl Nearby for Pods {
-    type Pod = Queue<Sockets>;
-
-    fn pod(&self, at: &SocketAddr) -> Option<Arc<Self::Pod>> {
-        self.read().at.get(at).cloned()
     }
 }
 
@@ -211,30 +331,57 @@ impl Served {
             return Err(ServeError::Count(fds.len(), ports.len()));
         }
         let user = SocketAddr::from((Ipv4Addr::LOCALHOST, pod.settings.user_port));
-        let queue = Arc::new(Queue::new(&shared.pool, user, place, settings(&pod)?));
-        let side = Limits { connections: SIDE_CONNECTIONS, ..shared.limits };
-        let served = Self {
-            requests: Server::new(Arc::clone(&queue), shared.limits),
-            figures: Server::new(Arc::new(Figures(Arc::clone(&queue))), side),
-            admin: Server::new(Arc::new(Admin(Arc::clone(&queue))), side),
-            queue,
-            pod,
-        };
-        for (port, fd) in ports.iter().zip(fds) {
-            let listener = TcpListener::from_std(StdListener::from(fd))?;
-            match port {
-                PodPort::Serving => listen(&served.requests, listener),
-                PodPort::Stats => listen(&served.figures, listener),
-                PodPort::Admin => listen(&served.admin, listener),
-                PodPort::ServingTls | PodPort::UserMetrics => {
-                    tracing::warn!(pod = served.pod.name, ?port, "port is not served yet");
-                }
-            }
-        }
+        let observe = shared.observers.get().map(|observers| observers.pod(&pod, &shared.pool, place));
+        let queue = Queue::new(&shared.pool, user, place, settings(&pod)?).observed(observe.unwrap_or_default());
+        let queue = Arc::new(queue);
+        let servers = Servers::new(&queue, shared.limits, ports.contains(&PodPort::UserMetrics));
+        let mut served = Self { pod, listeners: Vec::new(), queue, servers, former: Vec::new() };
+        served.listen(shared, ports, fds)?;
         if served.pod.draining {
             served.end();
         }
         Ok(served)
+    }
+
+    fn listen(&mut self, shared: &Shared, ports: &[PodPort], fds: Vec<OwnedFd>) -> Result<(), ServeError> {
+        for (port, fd) in ports.iter().zip(fds) {
+            let listener = Arc::new(TcpListener::from_std(StdListener::from(fd))?);
+            let task = match port {
+                PodPort::Serving => Some(listen(&self.servers.requests, &listener)),
+                PodPort::Stats => Some(listen(&self.servers.figures, &listener)),
+                PodPort::Admin => Some(listen(&self.servers.admin, &listener)),
+                PodPort::ServingTls => self.listen_tls(shared, Arc::clone(&listener))?,
+                PodPort::UserMetrics => self.servers.metrics.as_ref().map(|metrics| listen(metrics, &listener)),
+            };
+            self.listeners.push(Listening { port: *port, listener, task });
+        }
+        Ok(())
+    }
+
+    /// Accepts no more, and holds no listener. What was accepted has a task of its own already.
+    fn let_go(&mut self) {
+        for Listening { task, .. } in self.listeners.drain(..) {
+            if let Some(task) = task {
+                task.abort();
+            }
+        }
+    }
+
+    /// New servers in place of closed ones; the queue, and so what is counted, stays the same.
+    fn open_again(&mut self, shared: &Shared) {
+        let servers = Servers::new(&self.queue, shared.limits, self.servers.metrics.is_some());
+        self.former.push(std::mem::replace(&mut self.servers, servers));
+        self.former.retain(Servers::are_open);
+    }
+
+    fn all_servers(&self) -> Vec<Servers> {
+        self.former.iter().chain([&self.servers]).cloned().collect()
+    }
+
+    fn held(&self) -> Held {
+        let of = |listening: &Listening| (listening.port, Arc::clone(&listening.listener));
+        let (ports, listeners) = self.listeners.iter().map(of).unzip();
+        Held { pod: self.pod.clone(), ports, listeners }
     }
 
     /// Where its requests come in.
@@ -242,30 +389,116 @@ impl Served {
         SocketAddr::from((self.pod.address, self.pod.settings.serving_port))
     }
 
-    /// The pod was told to end: drained when no request has come for a while, then closed.
+    /// Serves the same over TLS, with the certificate of the pod's secret as it is at the time; without one handshakes fail.
+    fn listen_tls(&self, shared: &Shared, listener: Arc<TcpListener>) -> Result<Option<AbortHandle>, ServeError> {
+        let (Some(secrets), Some(settings)) = (shared.secrets.get(), &self.pod.settings.tls) else {
+            tracing::warn!(pod = self.pod.name, "TLS of a pod without Kubernetes to read its secret from");
+            return Ok(None);
+        };
+        let certificate = Arc::new(Certificate::default());
+        let config = tls::of_pod(settings, Arc::clone(&certificate) as _)?;
+        let key = Key { namespace: self.pod.namespace.clone(), name: settings.secret.clone() };
+        let mut known = secrets.follow(key);
+        let server = self.servers.requests.clone();
+        let limits = shared.limits;
+        let closing = server.clone();
+        let task = tokio::spawn(
+            async move {
+                let replaced = async {
+                    loop {
+                        if let Known::Is(secret) = &*known.borrow_and_update() {
+                            match tls::read(secret) {
+                                Ok(key) => certificate.set(key),
+                                Err(error) => tracing::warn!(%error, "certificate of a pod"),
+                            }
+                        }
+                        if known.changed().await.is_err() {
+                            return;
+                        }
+                    }
+                };
+                tokio::select! {
+                    () = tls::listen(server, listener, config, limits, closing.closing()) => {}
+                    () = replaced => {}
+                }
+            }
+            .boxed(),
+        );
+        Ok(Some(task.abort_handle()))
+    }
+
+    /// The pod was told to end: drained when no request has come for a while, then closed. From then on connections are refused,
+    /// and not left to wait in the kernel for somebody who accepts: the other holders of the listeners have no use for them.
     fn end(&self) {
         self.queue.terminate();
-        let (queue, requests) = (Arc::clone(&self.queue), self.requests.clone());
-        tokio::spawn(async move {
-            queue.drain().done().await;
-            requests.close();
-            requests.closed().await;
-            queue.tunnels().end(TUNNELS).await;
-        });
+        let (queue, all) = (Arc::clone(&self.queue), self.all_servers());
+        let listeners: Vec<_> = self.listeners.iter().filter_map(Listening::requests).collect();
+        tokio::spawn(
+            async move {
+                queue.drain().done().await;
+                // Those that were let go are of a gateway that has its own idea of when the pod is drained.
+                for listener in listeners.iter().filter_map(Weak::upgrade) {
+                    let _ended_already = shutdown(&listener, Shutdown::Both);
+                }
+                for servers in all {
+                    servers.requests.close();
+                    servers.requests.closed().await;
+                }
+                queue.tunnels().end(TUNNELS).await;
+            }
+            .boxed(),
+        );
     }
 
     /// The pod is gone: whatever is still open leads nowhere.
     fn close(self) {
-        self.requests.close();
-        self.figures.close();
-        self.admin.close();
-        tokio::spawn(async move { self.queue.tunnels().end(Duration::ZERO).await });
+        self.servers.close();
+        tokio::spawn(async move { self.queue.tunnels().end(Duration::ZERO).await }.boxed());
     }
 }
 
-fn listen<H: Handle>(server: &Server<H>, listener: TcpListener) {
-    let server = server.clone();
-    tokio::spawn(async move { server.listen(&listener).await });
+// === impl Listening ===
+
+impl Listening {
+    /// The listener, if requests come in there.
+    fn requests(&self) -> Option<Weak<TcpListener>> {
+        matches!(self.port, PodPort::Serving | PodPort::ServingTls).then(|| Arc::downgrade(&self.listener))
+    }
+}
+
+// === impl Servers ===
+
+impl Servers {
+    fn new(queue: &Arc<Queue<Sockets>>, limits: Limits, metrics: bool) -> Self {
+        let side = Limits { connections: SIDE_CONNECTIONS, idle: SIDE_IDLE, ..limits };
+        Self {
+            requests: Server::new(Arc::clone(queue), limits),
+            figures: Server::new(Arc::new(Figures(Arc::clone(queue))), side),
+            admin: Server::new(Arc::new(Admin(Arc::clone(queue))), side),
+            metrics: metrics.then(|| Server::new(Arc::new(Metrics(Arc::clone(queue))), side)),
+        }
+    }
+
+    fn close(&self) {
+        self.requests.close();
+        self.figures.close();
+        self.admin.close();
+        self.metrics.iter().for_each(Server::close);
+    }
+
+    /// Waits until all connections of those that matter are gone.
+    async fn closed(&self) {
+        tokio::join!(self.requests.closed(), self.figures.closed(), self.admin.closed());
+    }
+
+    fn are_open(&self) -> bool {
+        self.requests.open() + self.figures.open() + self.admin.open() > 0
+    }
+}
+
+fn listen<H: Handle>(server: &Server<H>, listener: &Arc<TcpListener>) -> AbortHandle {
+    let (server, listener) = (server.clone(), Arc::clone(listener));
+    tokio::spawn(async move { server.listen(&listener).await }.boxed()).abort_handle()
 }
 
 fn settings(pod: &NodePod) -> Result<Settings, ServeError> {
@@ -285,6 +518,75 @@ fn settings(pod: &NodePod) -> Result<Settings, ServeError> {
         concurrency: usize::try_from(given.container_concurrency).unwrap_or(usize::MAX),
         timeouts,
         readiness,
+        http2_auto_detect: given.http2_auto_detect,
         quiet: QUIET,
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{io::ErrorKind, net::TcpStream};
+
+    use lifl_api::pod::PodSettings;
+    use tokio::time::sleep;
+
+    use super::*;
+
+    const PORTS: [PodPort; 2] = [PodPort::Serving, PodPort::Admin];
+
+    fn pod() -> NodePod {
+        let settings: PodSettings = serde_json::from_value(json!({
+            "schema": PodSettings::schema(), "namespace": "golden", "configuration": "shop", "revision": "shop-blue",
+            "servingPort": 8012, "protocol": "http1", "userPort": 8080, "containerConcurrency": 0,
+            "timeouts": {"request": 300},
+        }))
+        .unwrap();
+        NodePod {
+            uid: "u1".into(),
+            namespace: "golden".into(),
+            name: "shop-blue-1".into(),
+            address: Ipv4Addr::LOCALHOST.into(),
+            draining: true,
+            settings,
+        }
+    }
+
+    /// A pod that is told to end; its listeners as the agent has them.
+    fn ending() -> (Pods, [StdListener; 2]) {
+        let listeners = PORTS.map(|_| StdListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap());
+        let fds = listeners.iter().map(|listener| {
+            listener.set_nonblocking(true).unwrap();
+            OwnedFd::from(listener.try_clone().unwrap())
+        });
+        let pods = Pods::new(mpsc::unbounded_channel().0, Limits::default());
+        pods.heed(PodWord::Serve { place: 7, pod: Box::new(pod()), ports: PORTS.into() }, fds.collect());
+        (pods, listeners)
+    }
+
+    fn connect(listener: &StdListener) -> Result<TcpStream, ErrorKind> {
+        TcpStream::connect(listener.local_addr().unwrap()).map_err(|error| error.kind())
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_drained_pod_refuses_connections_and_its_hook_is_answered_still() {
+        let (_pods, [serving, admin]) = ending();
+        sleep(QUIET / 2).await;
+        connect(&serving).unwrap();
+        sleep(QUIET).await;
+        assert_eq!(connect(&serving).unwrap_err(), ErrorKind::ConnectionRefused);
+        connect(&admin).unwrap();
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_superseded_gateway_does_not_end_what_another_one_serves() {
+        let (pods, [serving, _]) = ending();
+        pods.superseded();
+        sleep(QUIET * 2).await;
+        connect(&serving).unwrap();
+        // What it takes over again it is responsible for.
+        let fds = vec![serving.try_clone().unwrap().into()];
+        pods.heed(PodWord::Serve { place: 7, pod: Box::new(pod()), ports: vec![PodPort::Serving] }, fds);
+        sleep(QUIET * 2).await;
+        assert_eq!(connect(&serving).unwrap_err(), ErrorKind::ConnectionRefused);
+    }
 }

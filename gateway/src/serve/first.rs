@@ -4,6 +4,7 @@
 //! second time it is an ordinary update. So nothing is promised before there is a place for it. Others who send theirs
 //! meanwhile are asked to come again, too; what they sent is not kept.
 
+use futures_util::FutureExt as _;
 use std::{fs::File, io::Write as _, os::fd::AsFd as _, sync::Arc};
 
 use lifl_api::manifest::float;
@@ -79,7 +80,7 @@ async fn take(gateway: &Arc<Gateway>, chain: &Arc<Chain>, claim: &Claim, upload:
     }
     tracing::info!(chain = chain.id, job = chain.job, client = claim.client, bytes, "first model from a client");
     // On its own: the client may be gone before it is kept, and nobody else's tensors are taken any more.
-    let told = tokio::spawn(tell(Arc::clone(gateway), Arc::clone(chain)));
+    let told = tokio::spawn(tell(Arc::clone(gateway), Arc::clone(chain)).boxed());
     let _the_process_ends = told.await;
     Ok(true)
 }

@@ -1,5 +1,6 @@
 //! The body of a request as it comes: judged by its pace, digested, and drained where it is no longer wanted.
 
+use futures_util::FutureExt as _;
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -101,16 +102,19 @@ impl Drop for Upload {
             return;
         }
         let mut pace = std::mem::replace(&mut self.pace, Pace::new(Instant::now(), Duration::ZERO, 1));
-        tokio::spawn(async move {
-            let mut read = 0;
-            while let Ok(Some(Ok(frame))) = timeout_at(pace.deadline(), body.frame()).await {
-                let bytes = frame.data_ref().map_or(0, Bytes::len);
-                pace.progress(Instant::now(), bytes);
-                read += bytes as u64;
-                if read > LINGER {
-                    return;
+        tokio::spawn(
+            async move {
+                let mut read = 0;
+                while let Ok(Some(Ok(frame))) = timeout_at(pace.deadline(), body.frame()).await {
+                    let bytes = frame.data_ref().map_or(0, Bytes::len);
+                    pace.progress(Instant::now(), bytes);
+                    read += bytes as u64;
+                    if read > LINGER {
+                        return;
+                    }
                 }
             }
-        });
+            .boxed(),
+        );
     }
 }

@@ -19,6 +19,7 @@ use tokio::sync::{mpsc, oneshot};
 use super::{coordinator, data::Command};
 use crate::{
     chain::{Chain, segment_key},
+    pods::Held,
     state::Gateway,
 };
 
@@ -74,7 +75,7 @@ impl Agent {
             request
         };
         self.say(ToAgent::Grant { request, chain, bytes }, None);
-        granted.await.unwrap_or_else(|_gone| Err("the gateway ends".to_owned()))
+        granted.await.unwrap_or_else(|_gone| Err("the gateway or the job ends".to_owned()))
     }
 
     /// Has a new segment handed to the members; returns when all were told. Waits for an agent that is away.
@@ -87,6 +88,13 @@ impl Agent {
 
     pub(crate) fn drop_segment(&self, chain: u32, segment: u32) {
         self.say(ToAgent::DropSegment { chain, segment }, None);
+    }
+
+    /// Nobody waits any more for what was asked for this chain.
+    pub(crate) fn forget(&self, chain: u32) {
+        let mut grants = self.grants();
+        grants.waiting.retain(|_, grant| grant.chain != chain);
+        grants.unkept.retain(|(of, _), _| *of != chain);
     }
 
     fn say(&self, word: ToAgent, fd: Option<OwnedFd>) {
@@ -143,8 +151,13 @@ pub(crate) async fn run(
         let kept = match event {
             Event::Channel(None) | Event::Order(None) | Event::Ask(None) => return,
             Event::Channel(Some(new)) => {
+                // What the one before was asked for is asked for again as far as it is wanted still.
+                while asks.try_recv().is_ok() {}
                 gateway.pods.agent_is_new();
-                let replayed = replay(&gateway, &new).await;
+                let replayed = match replay(&gateway, &new).await {
+                    Ok(()) => tell_held(&gateway, &new).await,
+                    failed => failed,
+                };
                 channel = Some(new);
                 replayed
             }
@@ -214,6 +227,15 @@ async fn replay(gateway: &Arc<Gateway>, channel: &Channel) -> Result<(), Option<
     Ok(())
 }
 
+/// Pods as they are served, with their listeners: this agent may not know them, and is to go on with them.
+async fn tell_held(gateway: &Gateway, channel: &Channel) -> Result<(), Option<ChannelError>> {
+    for Held { pod, ports, listeners } in gateway.pods.held() {
+        let fds: Vec<_> = listeners.iter().map(|listener| listener.as_fd()).collect();
+        channel.send(&ToAgent::Holds { pod: Box::new(pod), ports }, &fds).await.map_err(Some)?;
+    }
+    channel.send(&ToAgent::HoldsAll, &[]).await.map_err(Some)
+}
+
 async fn carry_out(gateway: &Arc<Gateway>, channel: &Channel, order: Order) -> Result<(), Option<ChannelError>> {
     if let ToAgent::DropSegment { chain, segment } = order.word {
         // Ours is the later knowledge: a deposit without a segment would only be mapped in vain.
@@ -251,6 +273,7 @@ fn heed(gateway: &Arc<Gateway>, word: FromAgent, fds: Vec<OwnedFd>, data: &mpsc:
         }
         (FromAgent::DataSocket, Some(fd)) => drop(data.send(Command::Socket(fd))),
         (FromAgent::Replaced { chain, role }, _) => drop(data.send(Command::Resend { chain, role })),
+        (FromAgent::Superseded, _) => super::superseded(gateway),
         (FromAgent::Synced { path }, _) => tracing::info!(path, "agent is in step"),
         (other, _) => tracing::warn!(?other, "word of the agent ignored"),
     }

@@ -42,9 +42,18 @@ pub(crate) async fn run(
         let kept = match event {
             Event::Channel(None) | Event::Out(None) => return,
             Event::Channel(Some(new)) => {
+                gateway.listen_for_coordinator(None);
                 let greeted = greet(&gateway, &new).await;
                 channel = Some(new);
                 greeted
+            }
+            Event::Word(Ok(Some((ToGateway::Greet, _)))) => match channel.as_ref() {
+                Some(channel) => greet(&gateway, channel).await,
+                None => Ok(()),
+            },
+            Event::Word(Ok(Some((ToGateway::Clients, fds)))) => {
+                gateway.listen_for_coordinator(fds.into_iter().next());
+                Ok(())
             }
             Event::Word(Ok(Some((word, fds)))) => {
                 heed(&gateway, word, fds);
@@ -60,6 +69,8 @@ pub(crate) async fn run(
         };
         if let Err(error) = kept {
             tracing::info!(error = error.map(|e| e.to_string()), "coordinator is gone; the open rounds go on");
+            // Its supervisor has the listener: who connects there waits for the next coordinator, or learns that its pod is gone.
+            gateway.listen_for_coordinator(None);
             channel = None;
         }
     }
@@ -76,7 +87,8 @@ async fn receive(channel: Option<&Channel>) -> Result<Option<(ToGateway, Vec<Own
 async fn greet(gateway: &Arc<Gateway>, channel: &Channel) -> Result<(), Option<ChannelError>> {
     let chains = gateway.chains();
     let states = chains.iter().map(|chain| chain.lock().state()).collect();
-    channel.send(&FromGateway::Hello { chains: states }, &[]).await.map_err(Some)?;
+    let journal = gateway.config.journal_dir.is_some();
+    channel.send(&FromGateway::Hello { chains: states, journal }, &[]).await.map_err(Some)?;
     for chain in &chains {
         let joined: Vec<_> = chain.lock().clients.iter().map(|(name, role)| joined(chain.id, name, role)).collect();
         for word in joined {
@@ -133,13 +145,25 @@ fn heed(gateway: &Arc<Gateway>, word: ToGateway, fds: Vec<OwnedFd>) {
         | ToGateway::Close { chain, .. }
         | ToGateway::Commit { chain, .. }
         | ToGateway::Finish { chain, .. }
-        | ToGateway::Alive { chain } => *chain,
+        | ToGateway::Alive { chain }
+        | ToGateway::Remove { chain } => *chain,
+        ToGateway::Greet | ToGateway::Clients => return,
     };
     let chain = gateway.chain(id).or_else(|| create(gateway, &word));
+    if matches!(word, ToGateway::Remove { .. }) {
+        let Some(chain) = &chain else { return };
+        // At once: its worker may be waiting for memory that it will not get any more.
+        gateway.remove(chain);
+    }
     match chain {
         Some(chain) => drop(chain.words.send((word, fds))),
         None => tracing::error!(chain = id, "word of the coordinator for a chain that is not here"),
     }
+}
+
+/// The secret of a job, or the one for jobs without.
+pub(crate) fn secret(gateway: &Gateway, of_the_job: Option<String>) -> Option<String> {
+    of_the_job.or_else(|| gateway.config.join_secret.as_ref().map(|secret| secret.0.clone()))
 }
 
 /// A new job.
@@ -152,7 +176,7 @@ fn create(gateway: &Arc<Gateway>, word: &ToGateway) -> Option<Arc<Chain>> {
     let meta = Meta {
         job: (**job).clone(),
         token_key: token_key.clone(),
-        join_secret: join_secret.clone(),
+        join_secret: secret(gateway, join_secret.clone()),
         slot_bytes: *slot_bytes,
         model: None,
         previous: None,

@@ -76,6 +76,13 @@ impl Outbox {
         self.wake.notify_one();
     }
 
+    /// Forgets what was not sent: nobody is there for it.
+    pub(crate) fn clear(&self) {
+        let mut state = self.state();
+        state.queue.clear();
+        state.refused.clear();
+    }
+
     pub(crate) fn received(&self, descriptors: usize) {
         self.state().received += descriptors as u64;
     }

@@ -9,6 +9,7 @@ use lifl_shm::{Ledger, SegmentReader};
 use super::{data, worker};
 use crate::{
     chain::{Chain, FirstModel, Inner, Meta, Own},
+    ingress::Listener,
     state::Gateway,
 };
 
@@ -17,6 +18,8 @@ use crate::{
 pub(crate) struct Restored {
     /// The public listener.
     pub(crate) listener: Option<OwnedFd>,
+    /// The listeners of the ingress.
+    pub(crate) entrances: Vec<(Listener, OwnedFd)>,
     /// The data socket.
     pub(crate) socket: Option<OwnedFd>,
     /// Releases whose group was not whole.
@@ -36,6 +39,9 @@ pub(crate) fn take(gateway: &Arc<Gateway>, deposits: Vec<Deposit>) -> Restored {
         let mut path = key.split('/');
         match (path.next(), path.next().and_then(number), path.next().and_then(number), fds.next()) {
             (Some("listener"), _, _, Some(fd)) => restored.listener = Some(fd),
+            (Some(name), None, None, Some(fd)) if let Some(listener) = Listener::of_deposit(name) => {
+                restored.entrances.push((listener, fd));
+            }
             (Some(data::SOCKET), _, _, Some(fd)) => restored.socket = Some(fd),
             (Some(data::STAGED), ..) => restored.staged = serde_json::from_value(meta).unwrap_or_default(),
             (Some("ledger"), Some(chain), None, Some(fd)) => drop(ledgers.insert(chain, (meta, fd))),

@@ -1,12 +1,13 @@
 //! What the coordinator orders of one chain, one word after another: each is kept before its effect is visible.
 
+use futures_util::FutureExt as _;
 use std::{
     fs::File,
     os::{
         fd::{AsFd as _, OwnedFd},
         unix::fs::FileExt as _,
     },
-    sync::Arc,
+    sync::{Arc, atomic::Ordering},
     time::Duration,
 };
 
@@ -22,7 +23,7 @@ use tokio::{sync::mpsc, time::Instant};
 
 use super::coordinator;
 use crate::{
-    chain::{Chain, Inner, ModelMeta, OpenMeta, Served, Slot, first_key, grow, reserve},
+    chain::{Chain, Inner, ModelMeta, OpenMeta, Served, Slot, first_key, grow, reserve, segment_key},
     intake::hex,
     layout::Measure,
     state::Gateway,
@@ -31,6 +32,8 @@ use crate::{
 
 /// Bytes of a model copied and digested at a time: what stays in the cache between the two.
 const CHUNK: usize = 256 << 10;
+/// A job that goes looks so often whether its last segment has come.
+const REMOVAL: Duration = Duration::from_millis(10);
 
 /// A model that the coordinator sends but that is not one.
 #[derive(Debug, thiserror::Error)]
@@ -53,20 +56,46 @@ pub(crate) fn start(gateway: &Arc<Gateway>, inner: Inner, ledger_fd: OwnedFd) ->
     let chain = Arc::new(Chain::new(inner, ledger_fd, words));
     gateway.insert(&chain);
     coordinator::adopt_orphans(gateway, &chain);
-    tokio::spawn(run(Arc::clone(gateway), Arc::clone(&chain), queue));
+    tokio::spawn(run(Arc::clone(gateway), Arc::clone(&chain), queue).boxed());
     chain
 }
 
 async fn run(gateway: Arc<Gateway>, chain: Arc<Chain>, mut words: mpsc::UnboundedReceiver<(ToGateway, Vec<OwnedFd>)>) {
     end_first(&gateway, &chain).await;
     while let Some((word, fds)) = words.recv().await {
+        if matches!(word, ToGateway::Remove { .. }) {
+            return remove(&gateway, &chain).await;
+        }
         heed(&gateway, &chain, word, fds).await;
     }
+}
+
+/// Has the supervisor forget a chain whose job is no more.
+async fn remove(gateway: &Arc<Gateway>, chain: &Arc<Chain>) {
+    match chain.lost.load(Ordering::Acquire) {
+        true => gateway.journals.close(chain.id).await,
+        false => crate::journal::remove(gateway, chain).await,
+    }
+    while chain.growing.load(Ordering::Acquire) {
+        // A segment on its way is waited for, and nobody answers for it any more.
+        gateway.agent.forget(chain.id);
+        tokio::time::sleep(REMOVAL).await;
+    }
+    let mut keys: Vec<String> = chain.lock().own.keys().map(|segment| segment_key(chain.id, *segment)).collect();
+    keys.extend([format!("ledger/{}", chain.id), first_key(chain.id)]);
+    for key in keys {
+        if let Err(error) = gateway.child.remove(&key).await {
+            tracing::warn!(key, %error, "deposit of a job that is no more");
+        }
+    }
+    // Requests under way may hold the chain for a while, not its model.
+    chain.lock().served = None;
 }
 
 async fn heed(gateway: &Arc<Gateway>, chain: &Arc<Chain>, word: ToGateway, fds: Vec<OwnedFd>) {
     match word {
         ToGateway::Job { job, token_key, join_secret, slot_bytes, .. } => {
+            let join_secret = coordinator::secret(gateway, join_secret);
             chain.lock().take_job(*job, token_key, join_secret, slot_bytes);
             keep(gateway, chain).await;
             crate::journal::recall(gateway, chain).await;
@@ -108,11 +137,16 @@ async fn heed(gateway: &Arc<Gateway>, chain: &Arc<Chain>, word: ToGateway, fds: 
             let clients = chain.lock().clients.alive(Instant::now(), gateway.config.silence());
             gateway.tell(FromGateway::AliveClients { chain: chain.id, clients });
         }
+        // Of the edge and of `run`.
+        ToGateway::Remove { .. } | ToGateway::Greet | ToGateway::Clients => {}
     }
 }
 
 /// Has the supervisor keep what a successor must know.
 async fn keep(gateway: &Gateway, chain: &Chain) {
+    if chain.is_removed() {
+        return;
+    }
     let meta = chain.lock().meta.clone();
     let key = format!("ledger/{}", chain.id);
     if let Err(error) = gateway.child.deposit(&key, &meta, &[chain.ledger_fd.as_fd()]).await {
@@ -223,12 +257,15 @@ fn revoke_later(gateway: &Gateway, old: Option<Arc<Served>>) {
     let grace = Duration::from_millis(gateway.config.model_grace_ms);
     // Weak: the timer must not hold what it waits to be let go.
     let old = Arc::downgrade(&old);
-    tokio::spawn(async move {
-        tokio::time::sleep(grace).await;
-        if let Some(old) = old.upgrade() {
-            old.revoke();
+    tokio::spawn(
+        async move {
+            tokio::time::sleep(grace).await;
+            if let Some(old) = old.upgrade() {
+                old.revoke();
+            }
         }
-    });
+        .boxed(),
+    );
 }
 
 async fn model(
@@ -258,7 +295,7 @@ async fn model(
         inner.make_arena(&measure).map_err(|error| ModelError::Slot(error.to_string()))?;
         inner.measure = Some(measure);
     }
-    let slot = patient_slot(gateway, chain).await;
+    let slot = patient_slot(gateway, chain).await?;
     let length = usize::try_from(length).map_err(|e| ModelError::Slot(e.to_string()))?;
     let copied = tokio::task::spawn_blocking(move || copy_model(&file, slot, length)).await;
     let (slot, found) = copied.map_err(|e| ModelError::Slot(e.to_string()))??;
@@ -297,10 +334,11 @@ fn read_manifest(file: &File) -> Result<Manifest, ModelError> {
 }
 
 /// The model must have a slot, however long the agent takes.
-async fn patient_slot(gateway: &Arc<Gateway>, chain: &Arc<Chain>) -> Slot {
+async fn patient_slot(gateway: &Arc<Gateway>, chain: &Arc<Chain>) -> Result<Slot, ModelError> {
     loop {
         match reserve(gateway, chain).await {
-            Ok(slot) => return slot,
+            Ok(slot) => return Ok(slot),
+            Err(refusal) if chain.is_removed() => return Err(ModelError::Slot(refusal.detail)),
             Err(refusal) => tracing::info!(chain = chain.id, reason = refusal.detail, "model waits for a slot"),
         }
     }

@@ -37,7 +37,10 @@ impl Answer {
 }
 
 pub(crate) fn head(method: &str, path: &str, headers: &[(&str, String)], length: Option<usize>) -> Vec<u8> {
-    let mut out = format!("{method} {path} HTTP/1.1\r\nhost: gateway\r\n");
+    let mut out = format!("{method} {path} HTTP/1.1\r\n");
+    if headers.iter().all(|(name, _)| *name != "host") {
+        out.push_str("host: gateway\r\n");
+    }
     for (name, value) in headers {
         out.push_str(&format!("{name}: {value}\r\n"));
     }

@@ -47,6 +47,8 @@ pub(crate) struct Agent {
     pub(crate) limit: AtomicU32,
     pub(crate) segments: watch::Sender<BTreeMap<u32, Arc<OwnedFd>>>,
     pub(crate) dropped: Mutex<Vec<u32>>,
+    /// Sockets of pods given so far.
+    pub(crate) sockets: AtomicU32,
 }
 
 /// The runtime of one life; a test that fails must not wait for it.
@@ -77,8 +79,14 @@ pub(crate) struct Node {
 impl Node {
     /// A first life.
     pub(crate) async fn start(config: Value) -> Self {
+        Self::start_with(config, Vec::new()).await
+    }
+
+    /// A first life, with more listeners than that for clients.
+    pub(crate) async fn start_with(config: Value, more: Vec<(&str, OwnedFd)>) -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let store = Store::default();
+        store.lock().unwrap().extend(more.into_iter().map(|(key, fd)| (key.to_owned(), (Value::Null, vec![fd]))));
         store.lock().unwrap().insert("listener".into(), (Value::Null, vec![listener.into()]));
         let (a, b) = lifl_ebpf::pair().unwrap();
         let node = Self::live(config, store, Arc::new(DescriptorSocket::new(b)), 0, BTreeMap::new()).await;
@@ -126,6 +134,7 @@ impl Node {
             limit: AtomicU32::new(u32::MAX),
             segments: watch::Sender::new(segments),
             dropped: Mutex::default(),
+            sockets: AtomicU32::new(0),
         });
         let coordinator = supervisor.peer("coordinator").await.unwrap();
         tokio::spawn(grant(Arc::clone(&agent)));
@@ -152,6 +161,19 @@ impl Node {
         let segments = self.agent.segments.borrow().clone();
         let granted = self.agent.granted.load(Ordering::Relaxed);
         Dead { config: self.config, store: self.store, data: self.data, granted, segments }
+    }
+
+    /// Another agent, with nothing of what the one before had.
+    pub(crate) async fn another_agent(&mut self, epoch: u64) {
+        self.agent = Arc::new(Agent {
+            channel: self.supervisor.peer_of("agent", epoch).await.unwrap(),
+            granted: AtomicU32::new(100),
+            limit: AtomicU32::new(u32::MAX),
+            segments: watch::Sender::default(),
+            dropped: Mutex::default(),
+            sockets: AtomicU32::new(0),
+        });
+        tokio::spawn(grant(Arc::clone(&self.agent)));
     }
 
     pub(crate) async fn drained(mut self) {
@@ -312,10 +334,13 @@ async fn grant(agent: Arc<Agent>) {
             ToAgent::DropSegment { segment, .. } => agent.dropped.lock().unwrap().push(segment),
             // A pod whose network namespace is this process's own.
             ToAgent::Pod(PodAsk::Sockets { place, count }) => {
+                agent.sockets.fetch_add(count, Ordering::Relaxed);
                 let fds: Vec<OwnedFd> = (0..count).map(|_| unconnected()).collect();
                 let fds: Vec<_> = fds.iter().map(|fd| fd.as_fd()).collect();
                 agent.channel.send(&FromAgent::Pod(PodWord::Sockets { place }), &fds).await.unwrap();
             }
+            // This agent is always the one that gave it its pods.
+            ToAgent::Holds { .. } | ToAgent::HoldsAll => {}
             other => panic!("{other:?}"),
         }
     }

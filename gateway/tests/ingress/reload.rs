@@ -87,7 +87,7 @@ async fn a_version_without_addresses_or_certificate_waits() {
 
     snapshot.ingresses = vec![king("k", json!({"rules": [whole("h.example.com", "new")]}))];
     let report = world.ingress.apply(&snapshot);
-    assert!(matches!(outcome(&report, "k"), Outcome::Waiting(backend) if backend.to_string() == "n/new:80"));
+    assert!(matches!(outcome(&report, "k"), Outcome::Missing(backend) if backend.to_string() == "n/new:80"));
     assert_eq!(ask(at, get("h.example.com", "/")).await.backend(), "old");
     let mut probe = get("h.example.com", "/healthz");
     probe.headers_mut().insert("k-network-hash", "override".parse().unwrap());
@@ -137,9 +137,13 @@ async fn a_host_is_the_first_ones_until_it_is_gone() {
 
 /// One file with everything for a host, as a list.
 fn file(service: &str, at: std::net::SocketAddr) -> String {
+    file_of("h.example.com", service, at)
+}
+
+fn file_of(host: &str, service: &str, at: std::net::SocketAddr) -> String {
     let mut snapshot = Snapshot::default();
     add(&mut snapshot, service, "http", &[at]);
-    let king = king("k", json!({"rules": [whole("h.example.com", service)]}));
+    let king = king(host, json!({"rules": [whole(host, service)]}));
     let items: Vec<Value> = vec![
         serde_json::to_value(&*king).unwrap(),
         serde_json::to_value(&*snapshot.services[0]).unwrap(),
@@ -159,7 +163,7 @@ async fn rules_come_from_files_and_follow_them() {
     let (sender, receiver) = watch::channel(Snapshot::default());
     let watching = tokio::spawn(watch_folder(folder.path().to_owned(), sender));
     let (told, mut reports) = watch::channel(lifl_gateway::ingress::Report::default());
-    let following = tokio::spawn(follow(world.ingress.clone(), receiver, move |report| {
+    let following = tokio::spawn(follow(world.ingress.clone(), receiver, move |_, report| {
         told.send_replace(report.clone());
     }));
     let served =
@@ -187,6 +191,71 @@ async fn rules_come_from_files_and_follow_them() {
     world.end().await;
 }
 
+/// What a file said before it was wrong stays, and the other files go on.
+#[tokio::test]
+async fn a_bad_file_is_refused_with_the_place_in_it() {
+    let world = World::new().await;
+    let folder = tempfile::tempdir().unwrap();
+    let path = |name: &str| folder.path().join(name);
+    // Files are replaced whole: what is written bit by bit is bad for a moment.
+    let write = |name: &str, text: String| {
+        fs::write(path(".new"), text).unwrap();
+        fs::rename(path(".new"), path(name)).unwrap();
+    };
+    let (one, two, three) = (backend("one").await, backend("two").await, backend("three").await);
+    write("a.yaml", file_of("a.example.com", "one", one));
+    write("b.yaml", file_of("b.example.com", "two", two));
+    let (sender, receiver) = watch::channel(Snapshot::default());
+    let watching = tokio::spawn(watch_folder(folder.path().to_owned(), sender));
+    let following = tokio::spawn(follow(world.ingress.clone(), receiver, |_, _| {}));
+    let at = world.at["external"];
+    let is = |host: &'static str, backend: &'static str| async move {
+        soon(backend, async {
+            loop {
+                let answer = ask(at, get(host, "/")).await;
+                if answer.status == 200 && answer.backend() == backend {
+                    return;
+                }
+            }
+        })
+        .await;
+    };
+    is("a.example.com", "one").await;
+    is("b.example.com", "two").await;
+
+    write("b.yaml", file_of("b.example.com", "three", three).replace("percent: 100", "percent: many"));
+    write("a.yaml", file_of("a.example.com", "three", three));
+    is("a.example.com", "three").await;
+    assert_eq!(ask(at, get("b.example.com", "/")).await.backend(), "two");
+    let told = |faults: Vec<lifl_gateway::ingress::FileFault>| {
+        assert_eq!(faults.len(), 1, "{faults:?}");
+        faults[0].to_string()
+    };
+    let fault = told(read(folder.path()).unwrap_err());
+    let place = "b.yaml: Ingress 'b.example.com': spec.rules[0].http.paths[0].splits[0].percent: invalid type";
+    assert!(fault.contains(place), "{fault}");
+
+    write("b.yaml", file_of("b.example.com", "three", three).replace("percent: 100", "percent: -1"));
+    let fault = told(read(folder.path()).unwrap_err());
+    assert!(fault.contains("b.yaml: Ingress 'n/b.example.com': the splits of path"), "{fault}");
+    write("a.yaml", file_of("a.example.com", "one", one));
+    is("a.example.com", "one").await;
+    assert_eq!(ask(at, get("b.example.com", "/")).await.backend(), "two");
+
+    write("b.yaml", file_of("b.example.com", "three", three));
+    is("b.example.com", "three").await;
+    fs::remove_file(path("b.yaml")).unwrap();
+    soon("the end of the rule", async {
+        while ask(at, get("b.example.com", "/")).await.status != 404 {
+            tokio::task::yield_now().await;
+        }
+    })
+    .await;
+    following.abort();
+    soon("the watcher's end", watching).await.unwrap().unwrap();
+    world.end().await;
+}
+
 /// As a DomainMapping does it: a vanity host is rewritten to that of a service inside, and goes to an external name that
 /// is the ingress's own entrance for clients inside.
 #[tokio::test]
@@ -207,7 +276,7 @@ async fn external_names_are_resolved_and_followed() {
     snapshot.ingresses.push(king("s", json!({"rules": [inner]})));
     let (_sender, receiver) = watch::channel(snapshot);
     let (told, mut reports) = watch::channel(lifl_gateway::ingress::Report::default());
-    let following = tokio::spawn(follow(world.ingress.clone(), receiver, move |report| {
+    let following = tokio::spawn(follow(world.ingress.clone(), receiver, move |_, report| {
         told.send_replace(report.clone());
     }));
     let all = |report: &lifl_gateway::ingress::Report| {

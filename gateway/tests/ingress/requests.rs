@@ -43,7 +43,9 @@ async fn requests_find_their_way_by_host_path_and_header() {
     let mut request = get("Shop.example.com:8080", "/fo?q=1");
     request.headers_mut().insert("foo", HeaderValue::from_static("bogus"));
     request.headers_mut().insert("knative-serving-revision", HeaderValue::from_static("forged"));
-    request.headers_mut().insert("connection", HeaderValue::from_static("x-hop"));
+    // A client takes away what is its own, and not what the rule appends.
+    request.headers_mut().insert("connection", HeaderValue::from_static("x-hop, which, Foo, x-forwarded-proto"));
+    request.headers_mut().insert("k-proxy-request", HeaderValue::from_static("activator"));
     request.headers_mut().insert("x-hop", HeaderValue::from_static("1"));
     let saw = ask(at, request).await.saw();
     assert_eq!(saw["backend"], "root");
@@ -59,6 +61,7 @@ async fn requests_find_their_way_by_host_path_and_header() {
         assert_eq!(saw["headers"][header], json!([want]), "{header}");
     }
     assert_eq!(saw["headers"].get("x-hop"), None);
+    assert_eq!(saw["headers"].get("k-proxy-request"), None, "it did not come by way of the activator");
 
     let saw = ask(at, get("shop.example.com", "/food")).await.saw();
     assert_eq!((&saw["backend"], &saw["host"]), (&json!("foo"), &json!("inner.n.svc.cluster.local")));
@@ -126,6 +129,14 @@ async fn probes_travel_to_the_backend_and_tell_the_version() {
         assert_eq!((answer.status, answer.header("k-network-hash")), (200, want));
         assert_eq!(answer.saw()["path"], "/healthz");
     }
+    // A prober of Ingresses asks for the rules: backends, which need not know that path, are not bothered.
+    let mut probe = get("h.example.com", "/healthz");
+    for (header, value) in [("user-agent", "Knative-Ingress-Probe"), ("k-network-hash", "override")] {
+        probe.headers_mut().insert(header, HeaderValue::from_static(value));
+    }
+    let answer = ask(world.at["external"], probe).await;
+    assert_eq!((answer.status, answer.header("k-network-hash")), (200, hash.as_str()));
+    assert!(answer.body.is_empty(), "{answer:?}");
     let unprobed = ask(world.at["external"], get("h.example.com", "/")).await;
     assert_eq!(unprobed.headers.get("k-network-hash"), None);
     world.end().await;
@@ -264,7 +275,7 @@ async fn an_address_that_does_not_answer_is_passed_over() {
         json!([whole("h.example.com", "s"), whole("dead.example.com", "dead"), whole("none.example.com", "none")]);
     snapshot.ingresses.push(king("k", json!({"rules": rules})));
     let report = world.ingress.apply(&snapshot);
-    assert!(matches!(report.ingresses[&name("k")].1, Outcome::Waiting(_)));
+    assert!(matches!(report.ingresses[&name("k")].1, Outcome::Missing(_)));
     let at = world.at["external"];
     for _ in 0..50 {
         assert_eq!(ask(at, get("h.example.com", "/")).await.status, 200);
@@ -282,7 +293,6 @@ async fn a_pod_of_this_process_is_not_dialled() {
     let mut snapshot = Snapshot::default();
     let at = nobody().await;
     add(&mut snapshot, "s", "http2", &[at]);
-    snapshot.places.insert(at.ip(), 7);
     snapshot.ingresses.push(king("k", json!({"rules": [whole("h.example.com", "s")]})));
     world.ingress.apply(&snapshot);
     world.near.serve(at);

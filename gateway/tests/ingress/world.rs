@@ -22,7 +22,10 @@ use hyper_util::{
     server::conn::auto,
 };
 use lifl_api::ingress::KIngress;
-use lifl_gateway::ingress::{Gate, Ingress, Listener, Nearby, Settings, Snapshot, serve};
+use lifl_gateway::{
+    ingress::{Gate, Ingress, Listener, Nearby, Settings, Snapshot, serve},
+    observe::Observe,
+};
 use lifl_proxy::{Body, Direct, Handle, Limits, Peer, Pool, PoolLimits, reply};
 use prometheus::Registry;
 use rustls::{ClientConfig, RootCertStore, crypto::ring, pki_types::ServerName};
@@ -85,8 +88,12 @@ impl Handle for Pod {
 
 impl World {
     pub(crate) async fn new() -> Self {
+        Self::observed(Observe::default()).await
+    }
+
+    pub(crate) async fn observed(observe: Observe) -> Self {
         let registry = Registry::new();
-        let ingress = Ingress::new(Settings { access_log: true, ..Settings::default() }, &registry).unwrap();
+        let ingress = Ingress::new(Settings::default(), &registry).unwrap();
         let near = Arc::new(Near::default());
         let mut listeners = Vec::new();
         let mut at = BTreeMap::new();
@@ -96,12 +103,13 @@ impl World {
             listeners.push((listener, socket));
         }
         let gate = Gate::new(ingress.clone(), Pool::new(Direct, PoolLimits::default()), Arc::clone(&near));
+        let gate = gate.observed(observe);
         let (drain, drained) = oneshot::channel();
         let served = tokio::spawn(async move {
             let drained = async move {
                 let _dropped_is_told_too = drained.await;
             };
-            serve(gate, listeners, Limits::default(), drained, PATIENCE).await.unwrap();
+            serve(gate, listeners, Limits::default(), drained, Duration::ZERO, PATIENCE).await.unwrap();
         });
         Self { ingress, near, registry, at, drain, served }
     }

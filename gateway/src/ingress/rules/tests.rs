@@ -58,7 +58,7 @@ fn ask(rules: &Rules, ask: &Ask) -> Got {
     let text = |value: &HeaderValue| value.to_str().unwrap().to_owned();
     match rules.decide(ask.listener, &head, ask.random) {
         Decision::Unknown => Got::Unknown,
-        Decision::Redirect => Got::Redirect,
+        Decision::Redirect(_) => Got::Redirect,
         Decision::Forward(to) => Got::Forward(
             to.backend.name.service.clone(),
             to.headers.iter().map(|(name, value)| (name.to_string(), text(value))).collect(),
