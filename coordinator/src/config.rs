@@ -3,7 +3,7 @@
 use std::{collections::BTreeMap, path::PathBuf, time::Duration};
 
 use lifl_api::job::FederatedJob;
-use serde::Deserialize;
+use serde::{Deserialize, Serialize, de::Error as _};
 
 /// How long a round waits for more clients after the last one joined, once there are `minClients`.
 const GATHERING: Duration = Duration::from_secs(2);
@@ -15,6 +15,9 @@ pub struct Config {
     /// The jobs of the folder, in its order.
     #[serde(default)]
     pub jobs: Vec<JobEntry>,
+    /// Or the jobs of a Kubernetes.
+    #[serde(default)]
+    pub kubernetes: Option<Kubernetes>,
     /// Where relative paths of `file:` URIs begin; absolute ones need no such folder.
     #[serde(default)]
     pub state_dir: Option<PathBuf>,
@@ -26,8 +29,21 @@ pub struct Config {
     pub gathering_ms: u64,
 }
 
-/// One job.
+/// Where FederatedJobs come from while the coordinator runs.
 #[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Kubernetes {
+    /// Credentials; default: `KUBECONFIG`, or the pod's service account.
+    #[serde(default)]
+    pub kubeconfig: Option<PathBuf>,
+    /// Jobs that run at the same time: shared memory is divided into so many equal shares, and further jobs wait. How many
+    /// there will be is not known, and a share that is promised to a tree of aggregators is not taken from it again.
+    #[serde(default = "default_jobs_at_once")]
+    pub jobs_at_once: u32,
+}
+
+/// One job.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct JobEntry {
     /// File that it was read from, for people.
@@ -44,6 +60,10 @@ pub struct JobEntry {
 #[error("configuration of the coordinator: {0}")]
 pub struct ConfigError(#[from] serde_json::Error);
 
+fn default_jobs_at_once() -> u32 {
+    4
+}
+
 fn default_gathering() -> u64 {
     u64::try_from(GATHERING.as_millis()).unwrap_or(u64::MAX)
 }
@@ -56,7 +76,18 @@ impl Config {
     /// # Errors
     /// [`ConfigError`] naming the field.
     pub fn read(value: serde_json::Value) -> Result<Self, ConfigError> {
-        Ok(serde_json::from_value(value)?)
+        let config: Self = serde_json::from_value(value)?;
+        if config.kubernetes.is_some() && !config.jobs.is_empty() {
+            return Err(serde_json::Error::custom("jobs: with kubernetes, jobs are its objects").into());
+        }
+        Ok(config)
+    }
+
+    /// Into how many shares the memory is divided.
+    #[must_use]
+    pub fn shares(&self) -> u64 {
+        let jobs = u64::try_from(self.jobs.len()).unwrap_or(1);
+        self.kubernetes.as_ref().map_or(jobs, |kubernetes| u64::from(kubernetes.jobs_at_once)).max(1)
     }
 
     /// For each job, why it cannot stand beside an earlier one, if so: same name, or same checkpoint folder.

@@ -6,7 +6,9 @@
 //!  gateway -- FromGateway ->   |                     |
 //!        <--- ToGateway ----   |---> checkpoint      `--> state: jobs, clients, status
 //!                              |---> metrics
-//!  supervisor: config, deposits (the open round), drain
+//!  API server: FederatedJobs --|---> wish::steps (pure): jobs begin, change, end
+//!        <--- their statuses --|<--- scribe (pure): which, and when
+//!  supervisor: config, deposits (the open round; jobs of an API server; a listener for clients), drain
 //! ```
 //!
 //! It moves no payload: updates go from the gateway to the aggregators, the model comes back as a descriptor, is hashed
@@ -14,16 +16,20 @@
 //! die at any time.
 #![forbid(unsafe_code)]
 
+mod backoff;
 pub mod checkpoint;
 pub mod config;
 mod figures;
 mod metrics;
 pub mod plan;
 pub mod round;
+mod scribe;
+mod secrets;
 pub mod select;
 pub mod state;
 mod status;
 mod watch;
+mod wish;
 
 #[cfg(test)]
 mod tests;

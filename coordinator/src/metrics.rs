@@ -35,6 +35,13 @@ impl Metrics {
         self.rounds.with_label_values(&[namespace, job, outcome]).inc();
     }
 
+    /// The job is no more.
+    pub(crate) fn forget(&self, namespace: &str, job: &str) {
+        for outcome in ["committed", "unused", "failed"] {
+            let _there_were_none = self.rounds.remove_label_values(&[namespace, job, outcome]);
+        }
+    }
+
     /// How long a committed round took.
     pub(crate) fn took(&self, seconds: f64) {
         self.seconds.observe(seconds);

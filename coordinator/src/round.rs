@@ -20,7 +20,7 @@ mod under_way;
 
 use lifl_api::{
     event::MetricsData,
-    job::Phase as Shown,
+    job::{AckLevel, FederatedJob, Phase as Shown},
     node::{ChainState, Order, ToGateway},
 };
 
@@ -38,10 +38,6 @@ const FRESH: i64 = 30_000;
 const EVALUATION: i64 = 10_000;
 /// Clients that a message names, at most.
 const NAMED: usize = 5;
-/// Waits between attempts grow from this...
-const BACKOFF: i64 = 1_000;
-/// ...to this.
-const BACKOFF_MOST: i64 = 60_000;
 /// Attempts to start the aggregators, and models refused, before the job has failed.
 const ATTEMPTS: u32 = 8;
 /// Aggregators that made no model for so long after the close are started afresh; at least the round's deadline.
@@ -106,8 +102,24 @@ pub enum Event {
     EndStored(Result<(), StoreFailure>),
     /// A round is stored, or not.
     Stored(u32, Result<Model, StoreFailure>),
+    /// Its spec is another one, or the Secret is that it names; or the spec cannot be read, and why.
+    Changed {
+        /// Of the spec.
+        generation: i64,
+        /// The spec.
+        change: Result<Change, String>,
+    },
     /// A time that [`wake`] named has come.
     Tick,
+}
+
+/// Another spec.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Change {
+    /// The job with it.
+    pub document: Box<FederatedJob>,
+    /// Value of the Secret that it names.
+    pub join_secret: Option<String>,
 }
 
 /// Why a round was not stored.
@@ -259,6 +271,11 @@ fn pending(job: &mut JobState, now: i64, out: &mut Vec<Action>) -> bool {
         peers::introduce(job, out);
         return succeed(job, "StopConditionMet", message, now, out);
     }
+    if job.document.spec.ack_level == AckLevel::Disk && !job.journal {
+        let message = "spec.ackLevel: Disk asks for a journal, and the gateway has no folder for journals: set ackLevel \
+                       to Memory, or give the gateway such a folder";
+        return fail(job, "NoJournal", message.to_owned(), now, out);
+    }
     if job.shape.is_some() {
         if plan_it(job, now, out) {
             job.phase = Phase::Planning;
@@ -380,6 +397,10 @@ fn gathering(job: &mut JobState, now: i64, out: &mut Vec<Action>) -> bool {
     if !job.gateway {
         return false;
     }
+    // Fewer rounds are wanted than before.
+    if job.committed >= job.document.spec.rounds {
+        return finish_rounds(job, now, out);
+    }
     if job.clients.asked_at.is_none_or(|at| now - at >= FRESH) {
         under_way::ask(job, now, out);
     }
@@ -473,10 +494,6 @@ fn end_members(job: &mut JobState, now: i64, out: &mut Vec<Action>) {
 fn restart_members(job: &mut JobState, now: i64, out: &mut Vec<Action>) {
     end_members(job, now, out);
     send_plan(job, now, out);
-}
-
-fn backoff(failures: u32) -> i64 {
-    (BACKOFF << failures.min(16)).min(BACKOFF_MOST)
 }
 
 fn finish_rounds(job: &mut JobState, now: i64, out: &mut Vec<Action>) -> bool {

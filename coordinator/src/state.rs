@@ -3,9 +3,10 @@
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
 use lifl_api::{
-    job::FederatedJob,
+    job::{FederatedJob, FederatedJobStatus},
     node::{ChainState, ReceiptEntry},
 };
+use lifl_cluster::Key;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
@@ -21,8 +22,25 @@ const HISTORY: usize = 100;
 /// All jobs.
 #[derive(Debug, Default)]
 pub struct Jobs {
-    jobs: Vec<JobState>,
+    /// By number; a number is given once.
+    jobs: BTreeMap<usize, JobState>,
+    next: usize,
     by_chain: BTreeMap<u32, usize>,
+    /// Chains that are being removed: their numbers are not given again, or one side would take the old for the new.
+    removed: BTreeSet<u32>,
+    /// Jobs that are wished and do not run.
+    pub(crate) absent: BTreeMap<Key, Absent>,
+}
+
+/// A job that is wished and not run: why.
+#[derive(Clone, Debug, PartialEq)]
+pub(crate) struct Absent {
+    pub(crate) uid: String,
+    pub(crate) generation: i64,
+    pub(crate) status: FederatedJobStatus,
+    /// When it is tried again; `None`: when something changes.
+    pub(crate) retry_at: Option<i64>,
+    pub(crate) failures: u32,
 }
 
 /// One job.
@@ -67,8 +85,14 @@ pub struct JobState {
     pub(crate) ended: Option<String>,
     pub(crate) history: VecDeque<RoundSummary>,
     pub(crate) members_died: u32,
+    /// The gateway can keep journals.
+    pub(crate) journal: bool,
+    /// When it was read, milliseconds since the Unix epoch.
+    pub(crate) begun: i64,
     /// The status changed since the gateway was told.
     pub(crate) dirty: bool,
+    /// The status changed since the API server was told.
+    pub(crate) unsaid: bool,
 }
 
 /// Where a job stands.
@@ -254,28 +278,63 @@ pub(crate) struct Clients {
     pub(crate) since: i64,
 }
 
+pub(crate) fn key_of(job: &FederatedJob) -> Key {
+    Key { namespace: job.namespace().to_owned(), name: job.name().to_owned() }
+}
+
 // === impl Jobs ===
 
 impl Jobs {
-    /// All of these.
+    /// All of these, numbered from 0.
     #[must_use]
     pub fn new(jobs: Vec<JobState>) -> Self {
-        Self { jobs, by_chain: BTreeMap::new() }
+        let mut all = Self::default();
+        for job in jobs {
+            all.insert(job);
+        }
+        all
+    }
+
+    /// One more; its number.
+    pub(crate) fn insert(&mut self, job: JobState) -> usize {
+        let index = self.next;
+        self.next += 1;
+        self.jobs.insert(index, job);
+        index
+    }
+
+    /// One less. Its chain's number is not given again.
+    pub(crate) fn remove(&mut self, index: usize) -> Option<JobState> {
+        let job = self.jobs.remove(&index)?;
+        self.by_chain.retain(|_, of| *of != index);
+        self.removed.extend(job.chain);
+        Some(job)
     }
 
     /// Jobs, mutable, with their numbers.
     pub fn iter_mut(&mut self) -> impl Iterator<Item = (usize, &mut JobState)> {
-        self.jobs.iter_mut().enumerate()
+        self.jobs.iter_mut().map(|(index, job)| (*index, job))
+    }
+
+    /// Jobs with their numbers.
+    pub(crate) fn numbered(&self) -> impl Iterator<Item = (usize, &JobState)> {
+        self.jobs.iter().map(|(index, job)| (*index, job))
     }
 
     /// Jobs.
     pub fn iter(&self) -> impl Iterator<Item = &JobState> {
-        self.jobs.iter()
+        self.jobs.values()
+    }
+
+    /// The job of this number.
+    #[must_use]
+    pub fn get(&self, index: usize) -> Option<&JobState> {
+        self.jobs.get(&index)
     }
 
     /// The job of this number.
     pub fn get_mut(&mut self, index: usize) -> Option<&mut JobState> {
-        self.jobs.get_mut(index)
+        self.jobs.get_mut(&index)
     }
 
     /// The number of the job with this chain.
@@ -293,15 +352,16 @@ impl Jobs {
             hello.iter().map(|c| ((c.namespace.as_str(), c.job.as_str()), c)).collect();
         let mut taken: BTreeSet<u32> = hello.iter().map(|c| c.chain).collect();
         taken.extend(self.by_chain.keys());
+        taken.extend(&self.removed);
         let mut retired = Vec::new();
-        for (index, job) in self.jobs.iter_mut().enumerate() {
-            let proposed = job.chain.take_if(|chain| self.by_chain.get(chain) != Some(&index));
+        for (index, job) in &mut self.jobs {
+            let proposed = job.chain.take_if(|chain| self.by_chain.get(chain) != Some(index));
             if job.chain.is_some() || job.mute {
                 continue;
             }
             let at_gateway = known.get(&(job.document.namespace(), job.document.name()));
             let chain = match at_gateway {
-                Some(state) if state.round <= job.committed + 1 => state.chain,
+                Some(state) if state.round <= job.committed + 1 && !self.removed.contains(&state.chain) => state.chain,
                 other => {
                     retired.extend(other.map(|state| state.chain));
                     let next = || (1..).find(|n| !taken.contains(n));
@@ -310,17 +370,37 @@ impl Jobs {
             };
             taken.insert(chain);
             job.chain = Some(chain);
-            self.by_chain.insert(chain, index);
+            self.by_chain.insert(chain, *index);
         }
+        self.removed.extend(&retired);
         retired
+    }
+
+    /// Chains that gateway or agent have and nobody wishes: their jobs ended while nobody here heard it.
+    #[must_use]
+    pub(crate) fn strays(&self, gateway: &[ChainState], agent: &[u32], wished: impl Fn(&Key) -> bool) -> Vec<u32> {
+        let ours = |chain: &u32| self.by_chain.contains_key(chain);
+        let key = |state: &ChainState| Key { namespace: state.namespace.clone(), name: state.job.clone() };
+        // A job that has its chain needs no other one.
+        let served: BTreeSet<Key> =
+            self.by_chain.values().filter_map(|index| Some(key_of(self.get(*index)?.document()))).collect();
+        let needless = |key: &Key| !wished(key) || served.contains(key);
+        let unwished = gateway.iter().filter(|state| !ours(&state.chain) && needless(&key(state)));
+        let known = |chain: &u32| ours(chain) || gateway.iter().any(|state| state.chain == *chain);
+        let lone = agent.iter().copied().filter(|chain| !known(chain));
+        unwished.map(|state| state.chain).chain(lone).collect()
     }
 
     /// All of it, for the admin page.
     #[must_use]
     pub fn document(&self) -> Value {
+        let absent = self.absent.iter().map(|(key, absent)| {
+            let metadata = json!({"namespace": key.namespace, "name": key.name});
+            json!({"path": status::path(key), "job": {"metadata": metadata, "status": absent.status}})
+        });
         json!({
             "schema": "lifl.dev/coordinator-status/v1",
-            "jobs": self.jobs.iter().map(status::document).collect::<Vec<_>>(),
+            "jobs": self.iter().map(status::document).chain(absent).collect::<Vec<_>>(),
         })
     }
 }
@@ -368,7 +448,10 @@ impl JobState {
             ended: loaded.ended,
             history: loaded.history.into(),
             members_died: 0,
+            journal: true,
+            begun: now,
             dirty: true,
+            unsaid: true,
         };
         if let Some(saved) = &job.saved {
             job.clients.picked.clone_from(&saved.picked);
@@ -376,6 +459,9 @@ impl JobState {
         let status = job.document.status.get_or_insert_default();
         status.observed_generation = job.document.metadata.generation.unwrap_or(0);
         status.round = job.committed;
+        if job.committed > 0 || job.saved.is_some() {
+            status.phase = lifl_api::job::Phase::Running;
+        }
         if let Some(message) = loaded.warning {
             status::set_condition(status, status::kind::CHECKPOINT, false, "CheckpointDamaged", message, now);
         }
@@ -401,6 +487,22 @@ impl JobState {
         &self.document
     }
 
+    /// The newest generation of its spec that was looked at, followed or not.
+    pub(crate) fn generation(&self) -> i64 {
+        self.document.status.as_ref().map_or(0, |status| status.observed_generation)
+    }
+
+    /// The generation of its spec that is followed.
+    pub(crate) fn followed(&self) -> i64 {
+        self.document.metadata.generation.unwrap_or(0)
+    }
+
+    /// Nothing is trained any more, or will not be, because its checkpoint says so.
+    pub(crate) const fn is_over(&self) -> bool {
+        let done = self.committed >= self.document.spec.rounds || self.ended.is_some();
+        matches!(self.phase, Phase::Succeeded | Phase::Failed) || (matches!(self.phase, Phase::Pending) && done)
+    }
+
     /// Its chain, once it has one.
     #[must_use]
     pub const fn chain(&self) -> Option<u32> {
@@ -419,9 +521,16 @@ impl JobState {
         self.committed
     }
 
+    /// The status may differ from what others were told.
+    pub(crate) const fn touch(&mut self, changed: bool) {
+        self.dirty |= changed;
+        self.unsaid |= changed;
+    }
+
     pub(crate) fn condition(&mut self, kind: &str, value: bool, reason: &str, message: String, now: i64) {
         let status = self.document.status.get_or_insert_default();
-        self.dirty |= status::set_condition(status, kind, value, reason, message, now);
+        let changed = status::set_condition(status, kind, value, reason, message, now);
+        self.touch(changed);
     }
 
     /// Why nothing can be aggregated yet.
@@ -434,7 +543,7 @@ impl JobState {
         for kind in [status::kind::READY, status::kind::PROGRESSING, status::kind::SUCCEEDED] {
             self.condition(kind, false, reason, message.to_owned(), now);
         }
-        self.dirty = true;
+        self.touch(true);
     }
 
     pub(crate) fn show_model(&mut self) {
@@ -444,7 +553,7 @@ impl JobState {
             sha256: m.sha256.clone(),
         });
         self.document.status.get_or_insert_default().model = model;
-        self.dirty = true;
+        self.touch(true);
     }
 
     pub(crate) fn show_clients(&mut self) {
@@ -454,8 +563,9 @@ impl JobState {
             reported: self.round.as_ref().map_or(0, |r| r.admitted),
         };
         let status = self.document.status.get_or_insert_default();
-        self.dirty |= status.clients != counts;
+        let changed = status.clients != counts;
         status.clients = counts;
+        self.touch(changed);
     }
 
     pub(crate) fn remember(&mut self, summary: RoundSummary) {

@@ -2,6 +2,7 @@
 
 use jiff::Timestamp;
 use lifl_api::job::{FederatedJobStatus, JobCondition};
+use lifl_cluster::Key;
 use serde_json::{Value, json};
 
 use crate::state::{JobState, Phase};
@@ -16,6 +17,8 @@ pub(crate) mod kind {
     pub(crate) const SUCCEEDED: &str = "Succeeded";
     /// The newest checkpoint could be read back.
     pub(crate) const CHECKPOINT: &str = "CheckpointIntact";
+    /// The latest change of the spec is followed.
+    pub(crate) const SPEC: &str = "SpecAccepted";
 }
 
 /// Longest message of a condition, bytes: some quote what clients sent, and all of them are in every status.
@@ -46,6 +49,7 @@ pub(crate) fn set_condition(
         reason: reason.to_owned(),
         message,
         last_transition_time: rfc3339(now),
+        observed_generation: Some(status.observed_generation).filter(|generation| *generation > 0),
     };
     match status.conditions.iter_mut().find(|c| c.kind == kind) {
         Some(old) => {
@@ -62,6 +66,11 @@ pub(crate) fn set_condition(
             true
         }
     }
+}
+
+/// Where the job of an API server was read, for people.
+pub(crate) fn path(key: &Key) -> String {
+    format!("federatedjob/{key}")
 }
 
 /// One job as the admin page shows it.

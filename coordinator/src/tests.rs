@@ -5,7 +5,9 @@ use std::{fs::File, io::Write as _, os::fd::OwnedFd};
 use lifl_api::{job::FederatedJob, node::ReceiptEntry};
 use rustix::fs::{MemfdFlags, memfd_create};
 
+mod api;
 mod edges;
+mod kubernetes;
 mod simulation;
 mod store;
 mod transitions;

@@ -1,8 +1,12 @@
 //! The edges: hears agent, gateway and clock, has it decided, carries it out.
 
+mod act;
+mod cluster;
 mod desk;
 mod peer;
+mod roster;
 
+use futures_util::future::BoxFuture;
 use std::{
     collections::BTreeMap,
     os::fd::OwnedFd,
@@ -11,10 +15,10 @@ use std::{
 };
 
 use jiff::Timestamp;
-use lifl_api::node::{FromGateway, NodeEvent, Order, ToGateway};
-use lifl_daemon::{Channel, Child, ChildError, Deposit, Startup, failpoint};
+use lifl_api::node::{ChainState, FromGateway, NodeEvent, Order, ToGateway};
+use lifl_cluster::Key;
+use lifl_daemon::{Channel, Child, ChildError, Sibling, Startup, failpoint};
 use tokio::{
-    runtime::Handle,
     sync::mpsc::{self, UnboundedReceiver, UnboundedSender},
     task::JoinSet,
     time::Instant,
@@ -23,20 +27,26 @@ use tokio::{
 use self::{
     desk::Desk,
     peer::{Heard, Peer},
+    roster::{Read, Roster},
 };
 use crate::{
-    checkpoint::{Finished, Sealed, Source},
-    config::{Config, ConfigError},
+    checkpoint::{Sealed, Source},
+    config::{Config, ConfigError, JobEntry},
     metrics::Metrics,
-    plan::{Refusal, Shape},
+    plan::Shape,
     round::{Action, Event, StoreFailure, decide, job_words, wake},
-    state::{Done, JobState, Jobs, Model, Node, SavedRound},
+    state::{Done, JobState, Jobs, Model, Node},
+    wish::Wish,
 };
 
 /// Changes of a status are told to the gateway together.
 const PUBLISH: Duration = Duration::from_millis(100);
 /// Deposits of open rounds begin with this.
 const DEPOSIT: &str = "round/";
+/// Deposits of jobs of an API server: it may be away when the next life of this process begins.
+const JOB: &str = "job/";
+/// Deposit of the supervisor's: a listener for clients.
+const CLIENTS: &str = "clients";
 
 /// The coordinator cannot go on.
 #[derive(Debug, thiserror::Error)]
@@ -50,6 +60,11 @@ pub enum CoordinatorError {
     /// Its metrics.
     #[error("metrics: {0}")]
     Metrics(#[from] prometheus::Error),
+    /// The pod of a sibling was replaced: all that it had is gone, and a new life finds that out for every job.
+    #[error(
+        "the {0} is another one than before, with nothing of what that had: every job begins again at its checkpoint"
+    )]
+    Replaced(String),
 }
 
 /// What the loop hears.
@@ -59,17 +74,33 @@ enum Word {
     Stored(usize, u32, Result<Model, StoreFailure>),
     FirstStored(usize, Result<(Model, Sealed), StoreFailure>),
     EndStored(usize, Result<(), StoreFailure>),
+    Wished(BTreeMap<Key, Wish>),
+    Read(Box<JobEntry>, Read),
 }
 
 struct Watch {
     child: Child,
     config: Config,
     jobs: Arc<Mutex<Jobs>>,
-    desks: Vec<Option<Desk>>,
+    desks: BTreeMap<usize, Desk>,
+    roster: Roster,
+    /// Listener for clients in this pod: for the gateway that has the jobs.
+    clients: Option<Arc<OwnedFd>>,
     metrics: Metrics,
     agent: Option<Peer<Order>>,
     gateway: Option<Peer<ToGateway>>,
+    /// Number of the last connection.
     epoch: u64,
+    /// Of the siblings' supervisors, by name.
+    siblings: BTreeMap<String, u64>,
+    /// What the agent said of its node when it connected.
+    node: Option<Node>,
+    /// Chains that it had then.
+    at_agent: Vec<u32>,
+    /// Chains that the gateway had when it was asked last; `None`: this connection's gateway has not said.
+    at_gateway: Option<Vec<ChainState>>,
+    /// The gateway can keep journals.
+    journal: bool,
     words: UnboundedSender<Word>,
     /// Checkpoints being written.
     stores: JoinSet<()>,
@@ -82,30 +113,45 @@ struct Watch {
 ///
 /// # Errors
 /// [`CoordinatorError`] when the configuration is unreadable or the supervisor is gone.
-pub async fn run(child: Child, startup: Startup) -> Result<(), CoordinatorError> {
+pub fn run(child: Child, startup: Startup) -> BoxFuture<'static, Result<(), CoordinatorError>> {
+    // A future that is not boxed is compiled where it is polled, and there once for each kind of runtime.
+    Box::pin(work(child, startup))
+}
+
+async fn work(child: Child, mut startup: Startup) -> Result<(), CoordinatorError> {
     let config = Config::read(startup.config)?;
     let metrics = Metrics::new(child.registry())?;
     let jobs = Arc::new(Mutex::new(Jobs::default()));
     let shown = jobs.clone();
     child.on_status(move || lock(&shown).document());
-    let (loaded, desks) = load(&config, saved_rounds(startup.restored)).await;
-    *lock(&jobs) = Jobs::new(loaded);
-    child.ready().await?;
     let (words, heard) = mpsc::unbounded_channel();
-    let watch = Watch {
+    let clients = startup.restored.iter().position(|deposit| deposit.key == CLIENTS);
+    let clients = clients.and_then(|at| startup.restored.remove(at).fds.pop()).map(Arc::new);
+    let roster = Roster::new(&config, startup.restored);
+    let mut watch = Watch {
         child,
         config,
         jobs,
-        desks,
+        desks: BTreeMap::new(),
+        roster,
+        clients,
         metrics,
         agent: None,
         gateway: None,
         epoch: 0,
+        siblings: BTreeMap::new(),
+        node: None,
+        at_agent: Vec::new(),
+        at_gateway: None,
+        journal: false,
         words,
         stores: JoinSet::new(),
         retired: Vec::new(),
         publish_at: None,
     };
+    watch.read_known().await;
+    watch.child.ready().await?;
+    watch.roster.open(&watch.config, &watch.words);
     watch.serve(heard).await
 }
 
@@ -121,50 +167,6 @@ fn deposit_key(job: &JobState) -> String {
     format!("{DEPOSIT}{}/{}", job.document().namespace(), job.document().name())
 }
 
-fn saved_rounds(restored: Vec<Deposit>) -> BTreeMap<String, SavedRound> {
-    let rounds = restored.into_iter().filter(|deposit| deposit.key.starts_with(DEPOSIT));
-    let read = |deposit: Deposit| match serde_json::from_value(deposit.meta) {
-        Ok(saved) => Some((deposit.key, saved)),
-        Err(error) => {
-            tracing::warn!(key = deposit.key, %error, "deposit of an earlier life");
-            None
-        }
-    };
-    rounds.filter_map(read).collect()
-}
-
-/// Reads all checkpoints, each on a thread of its own: models are hashed.
-async fn load(config: &Config, mut saved: BTreeMap<String, SavedRound>) -> (Vec<JobState>, Vec<Option<Desk>>) {
-    let gathering = i64::try_from(config.gathering_ms).unwrap_or(i64::MAX / 4);
-    let mut tasks = Vec::new();
-    for (entry, conflict) in config.jobs.iter().zip(config.conflicts()) {
-        let fallback = entry.clone();
-        let key = format!("{DEPOSIT}{}/{}", entry.document.namespace(), entry.document.name());
-        let (entry, saved, base) = (entry.clone(), saved.remove(&key), config.state_dir.clone());
-        let runtime = Handle::current();
-        let task = tokio::task::spawn_blocking(move || match conflict {
-            Some(message) => {
-                let refusal = Refusal { reason: "Conflict", message };
-                (JobState::refused(entry.path, entry.document, &refusal, true, now()), None)
-            }
-            None => desk::load(entry, saved, base, gathering, &runtime, now()),
-        });
-        tasks.push((fallback, task));
-    }
-    let mut loaded = (Vec::new(), Vec::new());
-    for (entry, task) in tasks {
-        let (job, desk) = task.await.unwrap_or_else(|error| {
-            let refusal = Refusal { reason: "Internal", message: format!("reading the checkpoint: {error}") };
-            (JobState::refused(entry.path, entry.document, &refusal, false, now()), None)
-        });
-        let (path, phase, round) = (&job.path, job.phase(), job.committed());
-        tracing::info!(path, ?phase, round, "job read");
-        loaded.0.push(job);
-        loaded.1.push(desk);
-    }
-    loaded
-}
-
 // === impl Watch ===
 
 impl Watch {
@@ -174,7 +176,7 @@ impl Watch {
             let publish = self.publish_at;
             tokio::select! {
                 peer = self.child.next_peer() => match peer {
-                    Some((name, channel)) => self.connect(&name, channel),
+                    Some(sibling) => self.meet(sibling)?,
                     None => break,
                 },
                 Some(word) = heard.recv() => self.hear(word).await,
@@ -183,8 +185,9 @@ impl Watch {
                 () = self.child.draining() => break,
                 Some(_ended) = self.stores.join_next() => {}
             }
-            let dirty = self.gateway.is_some() && lock(&self.jobs).iter().any(|job| job.dirty);
-            self.publish_at = dirty.then(|| self.publish_at.unwrap_or_else(|| Instant::now() + PUBLISH));
+            self.make_room().await;
+            let unsaid = lock(&self.jobs).iter().any(|job| self.is_to_be_told(job));
+            self.publish_at = unsaid.then(|| self.publish_at.unwrap_or_else(|| Instant::now() + PUBLISH));
         }
         // What is being written is safe at any point; finished, it need not be written again.
         while self.stores.join_next().await.is_some() {}
@@ -193,10 +196,23 @@ impl Watch {
 
     /// When the clock is needed next; never, while all jobs wait for others.
     fn next_tick(&self) -> Option<Instant> {
-        let at = lock(&self.jobs).iter().filter_map(wake).min()?;
+        let at = {
+            let jobs = lock(&self.jobs);
+            jobs.iter().filter_map(wake).chain(self.roster.next_retry(&jobs.absent)).min()?
+        };
         // A floor, so that a deadline that cannot be met yet does not spin.
         let wait = u64::try_from(at - now()).unwrap_or(0).max(10);
         Some(Instant::now() + Duration::from_millis(wait))
+    }
+
+    fn meet(&mut self, sibling: Sibling) -> Result<(), CoordinatorError> {
+        let Sibling { name, epoch, channel } = sibling;
+        let before = self.siblings.insert(name.clone(), epoch);
+        if before.is_some_and(|before| before != epoch) {
+            return Err(CoordinatorError::Replaced(name));
+        }
+        self.connect(&name, channel);
+        Ok(())
     }
 
     fn connect(&mut self, name: &str, channel: Channel) {
@@ -206,10 +222,16 @@ impl Watch {
             "agent" => {
                 let hear = move |heard| words.send(Word::Agent(epoch, heard)).is_ok();
                 self.agent = Some(Peer::new(epoch, channel, hear));
+                self.node = None;
             }
             "gateway" => {
                 let hear = move |heard| words.send(Word::Gateway(epoch, heard)).is_ok();
-                self.gateway = Some(Peer::new(epoch, channel, hear));
+                let gateway = Peer::new(epoch, channel, hear);
+                if let Some(listener) = &self.clients {
+                    gateway.tell(ToGateway::Clients, Some(listener.clone()), None);
+                }
+                self.gateway = Some(gateway);
+                self.at_gateway = None;
             }
             other => tracing::warn!(name = other, "unknown sibling"),
         }
@@ -220,14 +242,14 @@ impl Watch {
             Word::Agent(epoch, heard) if self.agent.as_ref().is_some_and(|a| a.epoch == epoch) => match heard {
                 Some((event, _)) => self.hear_agent(event).await,
                 None => {
-                    self.agent = None;
+                    (self.agent, self.node) = (None, None);
                     self.tell_all(|_| Some(Event::AgentDown)).await;
                 }
             },
             Word::Gateway(epoch, heard) if self.gateway.as_ref().is_some_and(|g| g.epoch == epoch) => match heard {
                 Some((word, fds)) => self.hear_gateway(word, fds).await,
                 None => {
-                    self.gateway = None;
+                    (self.gateway, self.at_gateway) = (None, None);
                     self.tell_all(|_| Some(Event::GatewayDown)).await;
                 }
             },
@@ -238,19 +260,19 @@ impl Watch {
             }
             Word::Stored(index, round, result) => {
                 self.complain(index, &format!("round {round}"), result.as_ref().err());
-                if let (Ok(_), Some(desk)) = (&result, &mut self.desks[index]) {
+                if let (Ok(_), Some(desk)) = (&result, self.desks.get_mut(&index)) {
                     (desk.model, desk.done) = (None, None);
                 }
                 self.tell(index, Event::Stored(round, result)).await;
             }
             Word::FirstStored(index, result) => {
                 self.complain(index, "the first model", result.as_ref().err());
-                if let Some(desk) = &mut self.desks[index] {
+                if let Some(desk) = self.desks.get_mut(&index) {
                     desk.first = None;
                 }
                 let result = result.map(|(model, sealed)| {
                     let shape = Shape::of(&sealed.manifest);
-                    if let Some(desk) = &mut self.desks[index] {
+                    if let Some(desk) = self.desks.get_mut(&index) {
                         desk.manifest = Some(Arc::new(sealed.manifest));
                         desk.model = Some((0, Arc::new(sealed.fd)));
                     }
@@ -258,6 +280,8 @@ impl Watch {
                 });
                 self.tell(index, Event::FirstStored(result)).await;
             }
+            Word::Wished(wishes) => self.wished(wishes).await,
+            Word::Read(entry, read) => self.read(entry, read).await,
         }
     }
 
@@ -265,10 +289,13 @@ impl Watch {
         let (chain, event) = match event {
             NodeEvent::Hello { shm_limit, cores, path, chains } => {
                 tracing::info!(shm_limit, cores, path, chains = chains.len(), "agent");
+                self.at_agent = chains;
                 self.remove_retired();
-                let jobs = u64::try_from(self.config.jobs.len()).unwrap_or(1).max(1);
-                let quota = self.config.shm_limit.unwrap_or(u64::MAX).min(shm_limit) / jobs;
-                return self.tell_all(|_| Some(Event::AgentUp(Node { quota, cores }))).await;
+                let quota = self.config.shm_limit.unwrap_or(u64::MAX).min(shm_limit) / self.config.shares();
+                let node = Node { quota, cores };
+                self.node = Some(node);
+                self.tell_all(|_| Some(Event::AgentUp(node))).await;
+                return self.remove_strays();
             }
             NodeEvent::Planned { chain, revision } => (chain, Event::Planned(revision)),
             NodeEvent::PlanFailed { chain, revision, reason } => {
@@ -293,17 +320,7 @@ impl Watch {
 
     async fn hear_gateway(&mut self, word: FromGateway, fds: Vec<OwnedFd>) {
         let (chain, event) = match word {
-            FromGateway::Hello { chains } => {
-                let retired = lock(&self.jobs).assign(&chains);
-                self.retired.extend(retired);
-                self.remove_retired();
-                self.keep_chains().await;
-                let state = |job: &JobState| {
-                    let chain = job.chain()?;
-                    Some(Event::GatewayUp(chains.iter().find(|c| c.chain == chain).cloned()))
-                };
-                return self.tell_all(state).await;
-            }
+            FromGateway::Hello { chains, journal } => return self.hear_hello(chains, journal).await,
             FromGateway::Joined { chain, client, evaluator } => (chain, Event::Joined { client, evaluator }),
             FromGateway::AliveClients { chain, clients } => (chain, Event::Alive(clients)),
             FromGateway::Metrics { chain, client, evaluator, data } => {
@@ -334,16 +351,51 @@ impl Watch {
         self.tell_chain(chain, event).await;
     }
 
+    /// Where the gateway stands: a new one, or one that was asked again.
+    async fn hear_hello(&mut self, chains: Vec<ChainState>, journal: bool) {
+        let again = self.at_gateway.is_some();
+        self.journal = journal;
+        let retired = {
+            let mut jobs = lock(&self.jobs);
+            jobs.iter_mut().for_each(|(_, job)| job.journal = journal);
+            jobs.assign(&chains)
+        };
+        self.retire(&retired);
+        self.keep_chains().await;
+        let state = |job: &JobState| {
+            let chain = job.chain()?;
+            let known = again && job.gateway;
+            (!known).then(|| Event::GatewayUp(chains.iter().find(|c| c.chain == chain).cloned()))
+        };
+        self.tell_all(state).await;
+        self.at_gateway = Some(chains.into_iter().filter(|state| !retired.contains(&state.chain)).collect());
+        self.remove_strays();
+    }
+
+    /// Chains that serve no job any more.
+    fn retire(&mut self, chains: &[u32]) {
+        for chain in chains.iter().copied() {
+            if let Some(gateway) = &self.gateway {
+                gateway.tell(ToGateway::Remove { chain }, None, None);
+            }
+            self.at_gateway.iter_mut().for_each(|all| all.retain(|state| state.chain != chain));
+            self.at_agent.retain(|of| *of != chain);
+            self.retired.push(chain);
+        }
+        self.remove_retired();
+    }
+
     fn desk_of(&mut self, chain: u32) -> Option<&mut Desk> {
         let index = lock(&self.jobs).of_chain(chain)?;
-        self.desks.get_mut(index)?.as_mut()
+        self.desks.get_mut(&index)
     }
 
     /// Writes new chains into the checkpoints, so that they stay when gateway and coordinator die together.
     async fn keep_chains(&mut self) {
-        let chains: Vec<Option<u32>> = lock(&self.jobs).iter().map(JobState::chain).collect();
-        for (desk, chain) in self.desks.iter_mut().zip(chains) {
-            let Some(desk) = desk.as_mut().filter(|desk| chain.is_some() && desk.identity.chain != chain) else {
+        let chains: Vec<_> = lock(&self.jobs).numbered().map(|(index, job)| (index, job.chain())).collect();
+        for (index, chain) in chains {
+            let desk = self.desks.get_mut(&index);
+            let Some(desk) = desk.filter(|desk| chain.is_some() && desk.identity.chain != chain) else {
                 continue;
             };
             desk.identity.chain = chain;
@@ -392,188 +444,29 @@ impl Watch {
     async fn tick(&mut self) {
         let now = now();
         self.tell_all(|job| wake(job).filter(|at| *at <= now).map(|_| Event::Tick)).await;
+        let retry = lock(&self.jobs).absent.values().any(|absent| absent.retry_at.is_some_and(|at| at <= now));
+        if retry {
+            self.reconcile().await;
+        }
     }
 
-    /// Tells the gateway of all statuses that changed.
+    fn is_to_be_told(&self, job: &JobState) -> bool {
+        (job.dirty && self.gateway.is_some()) || self.roster.hears_of(job)
+    }
+
+    /// Tells gateway and API server of all statuses that changed.
     fn publish(&mut self) {
         self.publish_at = None;
-        let Some(gateway) = &self.gateway else { return };
-        for (_, job) in lock(&self.jobs).iter_mut().filter(|(_, job)| job.dirty) {
-            job.dirty = false;
-            if job.gateway
-                && let Some(Action::Gateway(words)) = job_words(job)
-            {
-                gateway.tell(words, None, None);
-            }
-        }
-    }
-
-    async fn carry_out(&mut self, index: usize, action: Action) {
-        match action {
-            Action::Agent(order) => {
-                if let Some(agent) = &self.agent {
-                    agent.tell(order, None, None);
+        for (_, job) in lock(&self.jobs).iter_mut() {
+            if let Some(gateway) = self.gateway.as_ref().filter(|_| job.dirty) {
+                job.dirty = false;
+                if job.gateway
+                    && let Some(Action::Gateway(words)) = job_words(job)
+                {
+                    gateway.tell(words, None, None);
                 }
             }
-            Action::Gateway(words) => self.tell_gateway(index, words).await,
-            Action::Store { done, opened_at } => self.store(index, done, opened_at),
-            Action::StoreFirst => self.store_first(index),
-            Action::StoreEnd { reason } => self.store_end(index, reason),
-            Action::Save(saved) => self.save(index, Some(saved)).await,
-            Action::Forget => self.save(index, None).await,
-            Action::Committed { .. }
-            | Action::Unused { .. }
-            | Action::FiguresDropped { .. }
-            | Action::Failed { .. } => self.log(index, &action),
-        }
-    }
-
-    async fn tell_gateway(&mut self, index: usize, words: ToGateway) {
-        let mut fd = None;
-        if let ToGateway::Model { round, .. } = &words {
-            fd = self.model(index, *round).await;
-            if fd.is_none() {
-                return;
-            }
-        }
-        let point = match &words {
-            ToGateway::Open { .. } => Some("coordinator.opened"),
-            ToGateway::Close { .. } => Some("coordinator.closed"),
-            ToGateway::Commit { .. } => Some("coordinator.committed"),
-            _ => None,
-        };
-        if let Some(gateway) = &self.gateway {
-            gateway.tell(words, fd, point);
-        }
-    }
-
-    /// The model of `round` in a sealed memfd; read back from the checkpoint when a restarted gateway needs it.
-    async fn model(&mut self, index: usize, round: u32) -> Option<Arc<OwnedFd>> {
-        let desk = self.desks.get_mut(index)?.as_mut()?;
-        if let Some((_, fd)) = desk.model.as_ref().filter(|(of, _)| *of == round) {
-            return Some(fd.clone());
-        }
-        let (checkpoint, runtime) = (desk.checkpoint.clone(), Handle::current());
-        let read = tokio::task::spawn_blocking(move || runtime.block_on(checkpoint.model(round))).await;
-        match read.map_err(|e| e.to_string()).flatten() {
-            Ok(fd) => {
-                let fd = Arc::new(fd);
-                desk.model = Some((round, fd.clone()));
-                Some(fd)
-            }
-            Err(error) => {
-                tracing::error!(
-                    round,
-                    error,
-                    "the committed model cannot be read back; the gateway goes on with its own"
-                );
-                None
-            }
-        }
-    }
-
-    fn store(&mut self, index: usize, done: Done, opened_at: i64) {
-        #[expect(clippy::cast_precision_loss, reason = "milliseconds of a round")]
-        let seconds = (now() - opened_at).max(0) as f64 / 1000.0;
-        let round = done.round;
-        let words = self.words.clone();
-        let order = {
-            let jobs = lock(&self.jobs);
-            let document = jobs.iter().nth(index).map(JobState::document);
-            document.and_then(|document| self.desks.get(index)?.as_ref()?.order(document, done, seconds))
-        };
-        let Some(order) = order else {
-            let failure = StoreFailure::Storage("its descriptor is not here yet".into());
-            drop(words.send(Word::Stored(index, round, Err(failure))));
-            return;
-        };
-        let runtime = Handle::current();
-        self.stores.spawn(async move {
-            let stored = tokio::task::spawn_blocking(move || order.carry_out(&runtime)).await;
-            let result = stored.unwrap_or_else(|error| Err(StoreFailure::Storage(error.to_string())));
-            drop(words.send(Word::Stored(index, round, result)));
-        });
-    }
-
-    fn store_first(&mut self, index: usize) {
-        let Some(desk) = self.desks.get(index).and_then(Option::as_ref) else { return };
-        let Some(source) = desk.first.clone() else { return };
-        let (checkpoint, words, runtime) = (desk.checkpoint.clone(), self.words.clone(), Handle::current());
-        self.stores.spawn(async move {
-            let stored = tokio::task::spawn_blocking(move || desk::store_first(&checkpoint, &source, &runtime)).await;
-            let result = stored.unwrap_or_else(|error| Err(StoreFailure::Storage(error.to_string())));
-            drop(words.send(Word::FirstStored(index, result)));
-        });
-    }
-
-    fn store_end(&mut self, index: usize, reason: String) {
-        let finished = {
-            let jobs = lock(&self.jobs);
-            let job = jobs.iter().nth(index);
-            job.and_then(|job| Some(Finished::new(&job.document().spec, job.model.as_ref()?, reason)))
-        };
-        let (Some(finished), Some(desk)) = (finished, self.desks.get(index).and_then(Option::as_ref)) else {
-            let failure = StoreFailure::Storage("the job has no checkpoint".into());
-            drop(self.words.send(Word::EndStored(index, Err(failure))));
-            return;
-        };
-        let (checkpoint, words, runtime) = (desk.checkpoint.clone(), self.words.clone(), Handle::current());
-        self.stores.spawn(async move {
-            let write = move || runtime.block_on(checkpoint.write_finished(&finished));
-            let stored = tokio::task::spawn_blocking(write).await;
-            let result = stored.unwrap_or_else(|error| Err(StoreFailure::Storage(error.to_string())));
-            drop(words.send(Word::EndStored(index, result)));
-        });
-    }
-
-    /// One line per attempt that failed.
-    fn complain(&self, index: usize, what: &str, failure: Option<&StoreFailure>) {
-        let Some(StoreFailure::Storage(error) | StoreFailure::Rejected(error)) = failure else { return };
-        let jobs = lock(&self.jobs);
-        let Some(document) = jobs.iter().nth(index).map(JobState::document) else { return };
-        let (namespace, job) = (document.namespace(), document.name());
-        tracing::warn!(namespace, job, error, "{what} is not in the checkpoint");
-    }
-
-    async fn save(&self, index: usize, saved: Option<SavedRound>) {
-        let Some(key) = lock(&self.jobs).iter().nth(index).map(deposit_key) else { return };
-        let result = match saved {
-            Some(saved) => self.child.deposit(&key, &saved, &[]).await,
-            None => self.child.remove(&key).await,
-        };
-        if let Err(error) = result {
-            tracing::warn!(key, %error, "deposit");
-        }
-    }
-
-    fn log(&self, index: usize, action: &Action) {
-        let jobs = lock(&self.jobs);
-        let Some(document) = jobs.iter().nth(index).map(JobState::document) else { return };
-        let (namespace, job) = (document.namespace(), document.name());
-        match action {
-            Action::Committed { round, updates, seconds } => {
-                tracing::info!(namespace, job, round, updates, seconds, "round committed");
-                self.metrics.ended(namespace, job, "committed");
-                self.metrics.took(*seconds);
-            }
-            Action::Unused { round } => {
-                tracing::info!(namespace, job, round, "round closed unused");
-                self.metrics.ended(namespace, job, "unused");
-            }
-            Action::FiguresDropped { client, dropped } => {
-                tracing::warn!(
-                    namespace,
-                    job,
-                    ?client,
-                    dropped,
-                    "figures are left out: not finite, name too long, or too many names (said once)"
-                );
-            }
-            Action::Failed { round, reason } => {
-                tracing::error!(namespace, job, round, reason, "job failed");
-                self.metrics.ended(namespace, job, "failed");
-            }
-            _ => {}
+            self.roster.publish(job, now());
         }
     }
 }

@@ -2,10 +2,9 @@
 
 use lifl_api::node::ToGateway;
 
-use super::{
-    ATTEMPTS, Action, StoreFailure, backoff, fail, finish_rounds, gather, peers, restart_members, succeed, under_way,
-};
+use super::{ATTEMPTS, Action, StoreFailure, fail, finish_rounds, gather, peers, restart_members, succeed, under_way};
 use crate::{
+    backoff::backoff,
     plan::Shape,
     state::{Done, Ending, JobState, Model, Phase, RoundSummary},
     status::kind,

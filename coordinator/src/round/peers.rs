@@ -2,11 +2,13 @@
 
 use lifl_api::{event::MetricsData, node::ToGateway};
 
-use super::{ATTEMPTS, Action, Event, backoff, commit, end_members, fail, plan_it, send_chain, send_plan, under_way};
+use super::{ATTEMPTS, Action, Change, Event, commit, end_members, fail, plan_it, send_chain, send_plan, under_way};
 use crate::{
+    backoff::backoff,
     figures::Noted,
     state::{JobState, Phase, PlanState, Round},
     status::kind,
+    wish::fixed,
 };
 
 /// Notes a fact; transitions come after it.
@@ -59,6 +61,7 @@ pub(super) fn note(job: &mut JobState, event: Event, now: i64, out: &mut Vec<Act
         Event::FirstStored(result) => commit::first_stored(job, result, now, out),
         Event::EndStored(result) => commit::end_stored(job, result, now, out),
         Event::Stored(round, result) => commit::stored(job, round, result, now, out),
+        Event::Changed { generation, change } => changed(job, generation, change, now),
         Event::Tick => {}
     }
 }
@@ -221,8 +224,42 @@ fn measured(job: &mut JobState, client: String, evaluator: bool, data: MetricsDa
     }
     let means = job.figures.means();
     let status = job.document.status.get_or_insert_default();
-    job.dirty |= status.metrics != means;
+    let changed = status.metrics != means;
     status.metrics = means;
+    job.touch(changed);
+}
+
+/// Another spec, or another Secret: followed as a whole, or not at all.
+fn changed(job: &mut JobState, generation: i64, change: Result<Change, String>, now: i64) {
+    let followed = job.followed();
+    job.touch(job.generation() != generation);
+    job.document.status.get_or_insert_default().observed_generation = generation;
+    let stays = format!("the job goes on as of generation {followed}");
+    let fault = match &change {
+        Err(error) => Some(("Invalid", format!("{error}; {stays}"))),
+        Ok(change) => {
+            let fields = fixed(&job.document.spec, &change.document.spec);
+            let message = format!(
+                "{} cannot change while the job runs; {stays}: delete it and create it anew to have the change",
+                fields.join(", ")
+            );
+            (!fields.is_empty()).then_some(("FieldFixed", message))
+        }
+    };
+    match (fault, change) {
+        (Some((reason, message)), _) => job.condition(kind::SPEC, false, reason, message, now),
+        (None, Ok(Change { document, join_secret })) => {
+            job.document.spec = document.spec;
+            job.document.metadata.generation = Some(generation);
+            job.join_secret = join_secret;
+            job.touch(true);
+            if job.document.status.iter().flat_map(|s| &s.conditions).any(|c| c.kind == kind::SPEC) {
+                let message = format!("the job follows generation {generation}");
+                job.condition(kind::SPEC, true, "Followed", message, now);
+            }
+        }
+        (None, Err(_)) => {}
+    }
 }
 
 /// Plans for the first client's tensors.

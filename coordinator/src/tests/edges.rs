@@ -24,7 +24,7 @@ use super::{job, model, receipt, segment};
 use crate::CoordinatorError;
 
 /// Only bounds a hanging test; nothing is measured by it.
-const PATIENCE: Duration = Duration::from_secs(30);
+pub(super) const PATIENCE: Duration = Duration::from_secs(30);
 
 struct Bench {
     supervisor: TestSupervisor,
@@ -44,7 +44,7 @@ impl Bench {
         let gateway = supervisor.peer("gateway").await.unwrap();
         let hello = NodeEvent::Hello { shm_limit: 1 << 30, cores: 2, path: "userspace".into(), chains: vec![] };
         agent.send(&hello, &[]).await.unwrap();
-        gateway.send(&FromGateway::Hello { chains }, &[]).await.unwrap();
+        gateway.send(&FromGateway::Hello { chains, journal: false }, &[]).await.unwrap();
         Self { supervisor, agent, gateway, run }
     }
 
@@ -241,7 +241,7 @@ async fn a_restarted_gateway_gets_the_committed_model_from_the_checkpoint() {
     bench.opened().await;
     let gateway = bench.supervisor.peer("gateway").await.unwrap();
     let bench = Bench { gateway, ..bench };
-    bench.say(FromGateway::Hello { chains: vec![] }).await;
+    bench.say(FromGateway::Hello { chains: vec![], journal: false }).await;
     let bytes = bench
         .until(|words, fds| match words {
             ToGateway::Model { round: 1, length, .. } => Some(read(fds.into_iter().next()?, length)),
@@ -375,4 +375,20 @@ async fn of_several_first_models_one_is_stored() {
     assert_eq!(bytes, candidates[0]);
     assert_eq!(fs::read(folder.path().join("checkpoint/rounds/000000/model.safetensors")).unwrap(), candidates[0]);
     bench.run.abort();
+}
+
+#[tokio::test]
+async fn every_gateway_is_given_the_listener_of_the_coordinators_pod() {
+    let folder = TempDir::new().unwrap();
+    let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = listener.local_addr().unwrap();
+    let deposit = Deposit { key: "clients".into(), meta: json!(null), fds: vec![listener.into()] };
+    let mut bench = Bench::new(&document(&folder, 1, ""), vec![deposit], vec![]).await;
+    let clients = |words: ToGateway, fds: Vec<OwnedFd>| match words {
+        ToGateway::Clients => fds.into_iter().next().map(std::net::TcpListener::from),
+        _ => None,
+    };
+    assert_eq!(bench.until(clients).await.local_addr().unwrap(), address);
+    bench.gateway = bench.supervisor.peer("gateway").await.unwrap();
+    assert_eq!(bench.until(clients).await.local_addr().unwrap(), address, "the next life of the gateway");
 }

@@ -292,6 +292,7 @@ impl World {
                 }
             }
             ToGateway::Finish { succeeded, .. } => self.gateway.finished = Some(succeeded),
+            other @ (ToGateway::Remove { .. } | ToGateway::Greet | ToGateway::Clients) => panic!("{other:?}"),
             ToGateway::Alive { .. } => {
                 self.from_gateway.push_back(Event::Alive(self.alive.iter().cloned().collect()));
             }

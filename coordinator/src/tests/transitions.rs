@@ -9,7 +9,7 @@ use lifl_api::{
 use super::{job, receipt};
 use crate::{
     plan::{Refusal, Shape},
-    round::{Action, Event, StoreFailure, decide, wake},
+    round::{Action, Change, Event, StoreFailure, decide, wake},
     state::{Done, JobState, Jobs, Loaded, Model, Node, Phase, SavedRound},
 };
 
@@ -505,4 +505,85 @@ fn chains_are_the_gateways_then_the_checkpoints_then_free_ones() {
     assert_eq!((chains, retired), (vec![Some(5), Some(2), Some(1), Some(3), None], vec![9]));
     assert!(jobs.assign(&[]).is_empty());
     assert_eq!((jobs.of_chain(5), jobs.of_chain(9)), (Some(0), None));
+}
+
+#[test]
+fn a_spec_is_followed_as_a_whole_or_not_at_all() {
+    let mut t = Table::usual("");
+    t.open();
+    let change = |generation, more: &str, edit: fn(&mut FederatedJob)| {
+        let mut document = job(3, 4, 2, "file:///c", "file:///m", more);
+        document.metadata.generation = Some(generation);
+        edit(&mut document);
+        Event::Changed { generation, change: Ok(Change { document: Box::new(document), join_secret: None }) }
+    };
+    let accepted = |t: &mut Table| {
+        let status = t.job().document().status.clone().unwrap();
+        let c = status.conditions.into_iter().find(|c| c.kind == "SpecAccepted");
+        c.map(|c| (c.status, c.reason, c.message, c.observed_generation))
+    };
+    t.at(10, change(2, "", |j| j.spec.round_deadline.0 *= 2));
+    assert_eq!(accepted(&mut t), None, "what is followed needs no word");
+    assert_eq!(t.job().document().spec.round_deadline.0.as_secs(), 20);
+    t.at(20, change(3, "  maxWeight: 5\n", |j| (j.spec.model.name, j.spec.rounds) = ("other".into(), 1)));
+    let (status, reason, message, generation) = accepted(&mut t).unwrap();
+    assert_eq!((status.as_str(), reason.as_str(), generation), ("False", "FieldFixed", Some(3)));
+    assert!(message.starts_with("spec.model.name cannot change") && message.contains("generation 2"), "{message}");
+    assert_eq!((t.job().document().spec.rounds, t.job().document().spec.max_weight), (3, 1_000_000));
+    t.at(30, Event::Changed { generation: 4, change: Err("spec.rounds: 0 rounds".into()) });
+    assert!(
+        accepted(&mut t).unwrap().2.starts_with("spec.rounds: 0 rounds; the job goes on"),
+        "{:?}",
+        accepted(&mut t)
+    );
+    // Fewer updates are enough: the round closes with those that it has when its time is over.
+    t.at(40, Event::Progress { round: 1, admitted: 1 });
+    t.at(50, change(5, "", |j| j.spec.min_clients = Some(1)));
+    assert_eq!((accepted(&mut t).unwrap().0.as_str(), t.job().phase()), ("True", Phase::Open));
+    t.at(10_000, Event::Tick);
+    assert_eq!(t.job().phase(), Phase::Closing);
+    t.done(10_001, 1, 1).at(10_002, Event::Stored(1, Ok(stored(1))));
+    assert_eq!(t.job().phase(), Phase::Gathering);
+    t.at(10_003, change(6, "", |j| j.spec.rounds = 1));
+    assert_eq!(t.job().phase(), Phase::Succeeded, "all rounds that are wanted are committed");
+}
+
+#[test]
+fn a_job_that_asks_for_a_journal_where_there_is_none_is_refused() {
+    for journal in [true, false] {
+        let loaded = Loaded { model: Some((stored(0), SHAPE)), ..Loaded::default() };
+        let mut t = Table::new(job(3, 4, 2, "file:///c", "file:///m", "  ackLevel: Disk\n"), loaded, &[]);
+        t.job().journal = journal;
+        t.at(0, Event::AgentUp(Node { quota: 1 << 30, cores: 2 })).at(0, Event::GatewayUp(None));
+        assert_eq!(t.job().phase(), if journal { Phase::Planning } else { Phase::Failed });
+    }
+}
+
+#[test]
+fn numbers_of_chains_that_are_going_are_not_given_again() {
+    let named = |name: &str, uid: &str| {
+        let mut document = job(9, 4, 2, "file:///c", "file:///m", "");
+        (document.metadata.name, document.metadata.uid) = (Some(name.into()), Some(uid.into()));
+        JobState::new("j".into(), document, None, 0, Loaded { chain: Some(1), ..Loaded::default() }, 0)
+    };
+    let at_gateway = |name: &str, chain| ChainState {
+        chain,
+        namespace: "default".into(),
+        job: name.into(),
+        round: 1,
+        open: true,
+        admitted: 0,
+        model_round: None,
+    };
+    let mut jobs = Jobs::new(vec![named("a", "1")]);
+    assert!(jobs.assign(&[]).is_empty());
+    assert_eq!(jobs.remove(0).unwrap().chain(), Some(1));
+    let again = jobs.insert(named("a", "2"));
+    // The gateway was away and has the old one still.
+    assert_eq!(jobs.assign(&[at_gateway("a", 1)]), [1]);
+    assert_eq!((again, jobs.get(again).unwrap().chain(), jobs.of_chain(1)), (1, Some(2), None));
+    let hello = [at_gateway("a", 1), at_gateway("a", 2), at_gateway("waits", 5), at_gateway("gone", 6)];
+    let mut strays = jobs.strays(&hello, &[2, 5, 6, 9], |key| key.name != "gone");
+    strays.sort_unstable();
+    assert_eq!(strays, [1, 6, 9]);
 }

@@ -34,12 +34,10 @@ pub(super) fn load(
     gathering: i64,
     runtime: &tokio::runtime::Handle,
     now: i64,
-) -> (JobState, Option<Desk>) {
+) -> Result<(JobState, Desk), Refusal> {
     let JobEntry { path, document, join_secret } = entry;
-    match begin(&document, saved, base, runtime) {
-        Ok((loaded, desk)) => (JobState::new(path, document, join_secret, gathering, loaded, now), Some(desk)),
-        Err(refusal) => (JobState::refused(path, document, &refusal, false, now), None),
-    }
+    let (loaded, desk) = begin(&document, saved, base, runtime)?;
+    Ok((JobState::new(path, document, join_secret, gathering, loaded, now), desk))
 }
 
 fn begin(
@@ -48,7 +46,11 @@ fn begin(
     base: Option<PathBuf>,
     runtime: &tokio::runtime::Handle,
 ) -> Result<(Loaded, Desk), Refusal> {
-    let unusable = |error: CheckpointError| Refusal { reason: "CheckpointUnusable", message: error.to_string() };
+    let uri = &document.spec.checkpoint.uri;
+    let unusable = |error: CheckpointError| Refusal {
+        reason: "CheckpointUnusable",
+        message: format!("spec.checkpoint.uri {uri}: {error}"),
+    };
     document.validate().map_err(|e| Refusal { reason: "Invalid", message: e.to_string() })?;
     let mut checkpoint = Checkpoint::open(&document.spec.checkpoint.uri, base.as_deref()).map_err(unusable)?;
     checkpoint.lock().map_err(unusable)?;
@@ -90,7 +92,7 @@ fn initial(uri: &str, base: Option<PathBuf>) -> Result<Sealed, Refusal> {
     let read = || checkpoint::initial(&checkpoint::path_of(uri, base.as_deref())?);
     read().map_err(|error| Refusal {
         reason: "InitialModelUnreadable",
-        message: format!("model.initial.uri {uri}: {error}"),
+        message: format!("spec.model.initial.uri {uri}: {error}"),
     })
 }
 
