@@ -17,6 +17,10 @@ pub struct Config {
     /// stack of its own, Kata a kernel of its own): a listener opened from outside would hear nothing.
     #[serde(default = "default_plain_runtimes")]
     pub plain_runtimes: BTreeSet<String>,
+    /// Milliseconds within which a client is to say its TLS hello, its request's head, its body; and one that asks nothing for
+    /// as long is let go.
+    #[serde(default = "default_patience")]
+    pub patience_ms: u64,
 }
 
 /// Where the certificate comes from.
@@ -44,7 +48,12 @@ impl Config {
     /// With defaults for everything but the certificate.
     #[must_use]
     pub fn new(certificate: CertificateSource) -> Self {
-        Self { listen: default_listen(), certificate, plain_runtimes: default_plain_runtimes() }
+        Self {
+            listen: default_listen(),
+            certificate,
+            plain_runtimes: default_plain_runtimes(),
+            patience_ms: default_patience(),
+        }
     }
 }
 
@@ -54,4 +63,8 @@ fn default_listen() -> SocketAddr {
 
 fn default_plain_runtimes() -> BTreeSet<String> {
     ["runc", "crun", "youki", "nvidia"].map(str::to_owned).into()
+}
+
+fn default_patience() -> u64 {
+    10_000
 }

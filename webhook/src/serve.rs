@@ -1,11 +1,15 @@
 //! The edge: HTTPS in, verdicts out.
 
+use futures_util::FutureExt as _;
 use std::{
     collections::BTreeSet,
     convert::Infallible,
     io,
     net::SocketAddr,
-    sync::Arc,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering::Relaxed},
+    },
     time::{Duration, SystemTime},
 };
 
@@ -18,12 +22,12 @@ use hyper::{
 };
 use hyper_util::{
     rt::{TokioExecutor, TokioIo, TokioTimer},
-    server::{conn::auto, graceful::GracefulShutdown},
+    server::conn::auto,
 };
 use rustls::{ServerConfig, crypto::CryptoProvider};
 use tokio::{
     net::{TcpListener, TcpStream},
-    sync::Semaphore,
+    sync::{Semaphore, watch},
 };
 use tokio_rustls::TlsAcceptor;
 
@@ -40,8 +44,6 @@ pub const POD_PATH: &str = "/pods";
 pub const NAMESPACE_PATH: &str = "/namespaces";
 /// A review holds a pod, 1.5 MiB at most as etcd has it, and may hold it twice.
 const MAX_REVIEW: usize = 8 << 20;
-/// Who has not said its TLS hello or its request's head by then is let go.
-const SLOW: Duration = Duration::from_secs(10);
 /// How often certificates are looked at.
 const REFRESH: Duration = Duration::from_secs(10);
 /// Connections at once: API servers keep few, and the rest of the cluster has no business here.
@@ -76,9 +78,27 @@ pub struct Bound {
     /// With what.
     pub certificates: Arc<Certificates>,
     listener: TcpListener,
+    desk: Desk,
+}
+
+/// What each connection is served with.
+#[derive(Clone, Debug)]
+struct Desk {
     acceptor: Acceptor,
     plain_runtimes: Arc<BTreeSet<String>>,
+    /// Who has not said its TLS hello, its request's head or its body by then, or asks nothing for as long, is let go.
+    patience: Duration,
 }
+
+/// Requests of a connection, by their numbers.
+#[derive(Debug, Default)]
+struct Requests {
+    begun: AtomicU64,
+    ended: AtomicU64,
+}
+
+/// A request under way: until it is answered, or its client has left.
+struct UnderWay(Arc<Requests>);
 
 #[derive(Clone)]
 struct Acceptor(TlsAcceptor);
@@ -107,7 +127,9 @@ pub async fn build(config: Config) -> Result<Bound, WebhookError> {
     let listener = TcpListener::bind(config.listen).await.map_err(failed)?;
     let address = listener.local_addr().map_err(failed)?;
     let acceptor = Acceptor(TlsAcceptor::from(Arc::new(tls)));
-    Ok(Bound { address, certificates, listener, acceptor, plain_runtimes: Arc::new(config.plain_runtimes) })
+    let patience = Duration::from_millis(config.patience_ms);
+    let desk = Desk { acceptor, plain_runtimes: Arc::new(config.plain_runtimes), patience };
+    Ok(Bound { address, certificates, listener, desk })
 }
 
 // === impl Bound ===
@@ -115,7 +137,7 @@ pub async fn build(config: Config) -> Result<Bound, WebhookError> {
 impl Bound {
     /// Serves until `drain` resolves, then finishes what is under way.
     pub async fn run(self, drain: impl Future<Output = ()>) {
-        let graceful = GracefulShutdown::new();
+        let (end, ends) = watch::channel(false);
         let places = Arc::new(Semaphore::new(MAX_CONNECTIONS));
         let mut refresh = tokio::time::interval(REFRESH);
         let mut drain = std::pin::pin!(drain);
@@ -140,16 +162,20 @@ impl Bound {
                 tracing::warn!("more than {MAX_CONNECTIONS} connections: one refused");
                 continue;
             };
-            let serving = serve(stream, self.acceptor.clone(), self.plain_runtimes.clone(), graceful.watcher());
-            tokio::spawn(async move {
-                if let Err(error) = serving.await {
-                    tracing::debug!(%error, "connection");
+            let serving = self.desk.clone().serve(stream, ends.clone());
+            tokio::spawn(
+                async move {
+                    if let Err(error) = serving.await {
+                        tracing::debug!(%error, "connection");
+                    }
+                    drop(place);
                 }
-                drop(place);
-            });
+                .boxed(),
+            );
         }
-        drop(self.listener);
-        if tokio::time::timeout(DRAIN, graceful.shutdown()).await.is_err() {
+        drop((self.listener, ends));
+        end.send_replace(true);
+        if tokio::time::timeout(DRAIN, end.closed()).await.is_err() {
             tracing::warn!("reviews did not end in {DRAIN:?}");
         }
     }
@@ -163,24 +189,79 @@ impl Bound {
     }
 }
 
-async fn serve(
-    stream: TcpStream,
-    acceptor: Acceptor,
-    plain_runtimes: Arc<BTreeSet<String>>,
-    watcher: hyper_util::server::graceful::Watcher,
-) -> Result<(), Box<dyn std::error::Error + Send + Sync>> {
-    let stream = tokio::time::timeout(SLOW, acceptor.0.accept(stream)).await??;
-    let service = service_fn(move |request| {
-        let plain_runtimes = plain_runtimes.clone();
-        async move { Ok::<_, Infallible>(answer(request, &plain_runtimes).await) }
-    });
-    let mut http = auto::Builder::new(TokioExecutor::new());
-    http.http1().timer(TokioTimer::new()).header_read_timeout(SLOW);
-    http.http2().timer(TokioTimer::new());
-    watcher.watch(http.serve_connection(TokioIo::new(stream), service).into_owned()).await
+// === impl Desk ===
+
+impl Desk {
+    async fn serve(
+        self,
+        stream: TcpStream,
+        mut ends: watch::Receiver<bool>,
+    ) -> Result<(), Box<dyn std::error::Error + Send + Sync>> {
+        let patience = self.patience;
+        let stream = tokio::time::timeout(patience, self.acceptor.0.accept(stream)).await??;
+        let requests = Arc::new(Requests::default());
+        let counted = requests.clone();
+        let service = service_fn(move |request| {
+            let (under_way, plain_runtimes) = (UnderWay::begin(&counted), self.plain_runtimes.clone());
+            async move {
+                let answer = answer(request, &plain_runtimes, patience).await;
+                drop(under_way);
+                Ok::<_, Infallible>(answer)
+            }
+        });
+        let mut http = auto::Builder::new(TokioExecutor::new());
+        http.http1().timer(TokioTimer::new()).header_read_timeout(patience);
+        // Of a peer that has gone without a word.
+        http.http2().timer(TokioTimer::new()).keep_alive_interval(patience).keep_alive_timeout(patience);
+        let mut connection = std::pin::pin!(http.serve_connection(TokioIo::new(stream), service));
+        tokio::select! {
+            done = &mut connection => return done,
+            _its_sender_waits_for_us = ends.wait_for(|ends| *ends) => {}
+            () = requests.cease(patience) => {}
+        }
+        connection.as_mut().graceful_shutdown();
+        // Nothing is under way any more, or it is drained: who does not take the rest has it cut off.
+        tokio::time::timeout(DRAIN.max(patience), connection).await?
+    }
 }
 
-async fn answer(request: Request<Incoming>, plain_runtimes: &BTreeSet<String>) -> Response<Full<Bytes>> {
+// === impl Requests ===
+
+impl Requests {
+    /// Waits for a time as long as `patience` with no request.
+    async fn cease(&self, patience: Duration) {
+        let mut seen = 0;
+        loop {
+            tokio::time::sleep(patience).await;
+            let (ended, begun) = (self.ended.load(Relaxed), self.begun.load(Relaxed));
+            if begun == ended && begun == seen {
+                return;
+            }
+            seen = begun;
+        }
+    }
+}
+
+// === impl UnderWay ===
+
+impl UnderWay {
+    fn begin(requests: &Arc<Requests>) -> Self {
+        requests.begun.fetch_add(1, Relaxed);
+        Self(requests.clone())
+    }
+}
+
+impl Drop for UnderWay {
+    fn drop(&mut self) {
+        self.0.ended.fetch_add(1, Relaxed);
+    }
+}
+
+async fn answer(
+    request: Request<Incoming>,
+    plain_runtimes: &BTreeSet<String>,
+    patience: Duration,
+) -> Response<Full<Bytes>> {
     let namespace_asks = match (request.method(), request.uri().path()) {
         (&Method::POST, POD_PATH) => false,
         (&Method::POST, NAMESPACE_PATH) => true,
@@ -192,9 +273,10 @@ async fn answer(request: Request<Incoming>, plain_runtimes: &BTreeSet<String>) -
     if request.body().size_hint().lower() > MAX_REVIEW as u64 {
         return text(StatusCode::PAYLOAD_TOO_LARGE, "longer than any review");
     }
-    let body = match Limited::new(request.into_body(), MAX_REVIEW).collect().await {
-        Ok(body) => body.to_bytes(),
-        Err(error) => return text(StatusCode::PAYLOAD_TOO_LARGE, &format!("body: {error}")),
+    let body = match tokio::time::timeout(patience, Limited::new(request.into_body(), MAX_REVIEW).collect()).await {
+        Ok(Ok(body)) => body.to_bytes(),
+        Err(_late) => return text(StatusCode::REQUEST_TIMEOUT, "the review does not come"),
+        Ok(Err(error)) => return text(StatusCode::PAYLOAD_TOO_LARGE, &format!("body: {error}")),
     };
     let reviewed = match review(&body, namespace_asks, plain_runtimes) {
         Ok(reviewed) => reviewed,

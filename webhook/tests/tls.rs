@@ -32,7 +32,11 @@ struct Running {
 }
 
 async fn start(certificate: CertificateSource) -> Running {
-    let bound = build(Config { listen: ([127, 0, 0, 1], 0).into(), ..Config::new(certificate) }).await.expect("a port");
+    start_with(Config::new(certificate)).await
+}
+
+async fn start_with(config: Config) -> Running {
+    let bound = build(Config { listen: ([127, 0, 0, 1], 0).into(), ..config }).await.expect("a port");
     let (address, certificates) = (bound.address, bound.certificates.clone());
     let (drain, drained) = oneshot::channel::<()>();
     let served = tokio::spawn(bound.run(async move { drop(drained.await) }));
@@ -174,6 +178,45 @@ async fn what_is_no_review_of_a_new_pod_changes_nothing() {
     let mut status = [0; 12];
     long.read_exact(&mut status).await.unwrap();
     assert_eq!(&status, b"HTTP/1.1 413");
+}
+
+#[tokio::test]
+async fn who_is_silent_keeps_no_review_out() {
+    let source = CertificateSource::SelfMade { names: vec![NAME.into()] };
+    let running = start_with(Config { patience_ms: 500, ..Config::new(source) }).await;
+    let root = running.certificates.root().unwrap();
+    let head = format!("POST {POD_PATH} HTTP/1.1\r\nhost: {NAME}\r\ncontent-length: 100\r\n\r\n{{");
+    // Nothing, half a review, one that was answered, and HTTP/2 without a request.
+    let words: [&[u8]; 4] = [
+        b"",
+        head.as_bytes(),
+        b"GET /healthz HTTP/1.1\r\nhost: w\r\n\r\n",
+        b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\x04\0\0\0\0\0",
+    ];
+    let mut silent = Vec::new();
+    for words in words.into_iter().cycle().take(256) {
+        let mut stream = connect(running.address, &root).await.unwrap();
+        stream.write_all(words).await.unwrap();
+        silent.push(stream);
+    }
+    let asked = async {
+        loop {
+            match connect(running.address, &root).await {
+                Ok(stream) => break post(stream, POD_PATH, review(&pod(true))).await,
+                Err(_no_place) => tokio::time::sleep(Duration::from_millis(50)).await,
+            }
+        }
+    };
+    let (status, answer) = tokio::time::timeout(Duration::from_secs(60), asked).await.expect("a place");
+    assert!(status == StatusCode::OK && patch_of(&answer).is_array(), "{answer}");
+    // Who was silent has been let go.
+    for mut stream in silent {
+        let read = async {
+            let mut rest = Vec::new();
+            stream.read_to_end(&mut rest).await
+        };
+        drop(tokio::time::timeout(Duration::from_secs(60), read).await.expect("its end"));
+    }
 }
 
 /// A root and a pair signed by it, as a cluster's issuer would write them into a Secret.

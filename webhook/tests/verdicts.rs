@@ -5,6 +5,7 @@ use std::{collections::BTreeSet, fs, path::Path};
 use k8s_openapi::api::core::v1::Pod;
 use lifl_api::pod::{KEPT_ANNOTATION, NodePod, PodSettings, Protocol, SETTINGS_ANNOTATION};
 use lifl_webhook::{Config, Request, Verdict, mutate};
+use serde::Deserialize as _;
 use serde_json::{Value, json};
 
 fn data(name: &str) -> String {
@@ -261,8 +262,11 @@ fn a_pod_without_annotations_gets_them() {
 
 #[test]
 fn the_registration_never_stands_in_the_way() {
-    let manifest = fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join("manifest.yaml")).unwrap();
-    let manifest: Value = serde_yaml_ng::from_str(&manifest).unwrap();
+    let manifest = Path::new(env!("CARGO_MANIFEST_DIR")).join("../manifests/webhook.yaml");
+    let manifest = fs::read_to_string(manifest).unwrap();
+    let documents =
+        serde_yaml_ng::Deserializer::from_str(&manifest).map(|document| Value::deserialize(document).unwrap());
+    let manifest = documents.into_iter().find(|object| object["kind"] == "MutatingWebhookConfiguration").unwrap();
     let webhooks = manifest["webhooks"].as_array().unwrap();
     let paths: Vec<&str> = webhooks.iter().filter_map(|w| w["clientConfig"]["service"]["path"].as_str()).collect();
     assert_eq!(paths, [lifl_webhook::POD_PATH, lifl_webhook::NAMESPACE_PATH]);
