@@ -1,6 +1,7 @@
 //! This binary as one of its components.
 
 use anyhow::{Context as _, Result};
+use futures_util::FutureExt as _;
 use lifl_daemon::{
     Child,
     logs::{self, Format},
@@ -37,16 +38,19 @@ pub fn main_as(component: Component, log: LogFormat, log_level: &str) -> Result<
         }),
         Component::Gateway => {
             set_no_new_privs(true)?;
-            tokio::runtime::Builder::new_multi_thread().enable_all().build()?.block_on(async {
-                let (child, startup) = Child::from_stdin().await?;
-                Ok(lifl_gateway::run(child, startup).await?)
-            })
+            tokio::runtime::Builder::new_multi_thread().enable_all().build()?.block_on(
+                async {
+                    let (child, startup) = Child::from_stdin().await?;
+                    Ok(lifl_gateway::run(child, startup).await?)
+                }
+                .boxed_local(),
+            )
         }
     }
 }
 
 fn single<T>(task: impl Future<Output = Result<T>>) -> Result<T> {
-    tokio::runtime::Builder::new_current_thread().enable_all().build()?.block_on(task)
+    tokio::runtime::Builder::new_current_thread().enable_all().build()?.block_on(task.boxed_local())
 }
 
 // === impl LogFormat ===

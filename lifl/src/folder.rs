@@ -91,11 +91,12 @@ struct Metadata {
     namespace: Option<String>,
 }
 
-/// Reads all `.yaml` and `.yml` files of a folder, in the order of their names.
+/// Reads the jobs of all `.yaml` and `.yml` files of a folder, in the order of their names. Objects of the ingress are passed
+/// over, if it is served: the gateway reads them.
 ///
 /// # Errors
 /// Every fault of every file, with its line.
-pub fn read(dir: &Path) -> Result<Vec<JobFile>, FolderError> {
+pub fn read(dir: &Path, ingress: bool) -> Result<Vec<JobFile>, FolderError> {
     let io = |path: &Path| {
         let path = path.to_owned();
         move |source| ManifestFault::Io { path, source }
@@ -109,7 +110,7 @@ pub fn read(dir: &Path) -> Result<Vec<JobFile>, FolderError> {
         match fs::read_to_string(&path).map_err(io(&path)) {
             Ok(text) => {
                 for (line, document) in documents(&text) {
-                    if let Err(fault) = take(&path, line, &document, &mut jobs, &mut secrets) {
+                    if let Err(fault) = take(&path, line, &document, ingress, &mut jobs, &mut secrets) {
                         faults.push(fault);
                     }
                 }
@@ -155,6 +156,7 @@ fn take(
     path: &Path,
     line: usize,
     document: &str,
+    ingress: bool,
     jobs: &mut Vec<JobFile>,
     secrets: &mut BTreeMap<(String, String, String), String>,
 ) -> Result<(), ManifestFault> {
@@ -180,6 +182,11 @@ fn take(
                 secrets.insert((namespace.clone(), head.metadata.name.clone(), key), value);
             }
         }
+        (version, kind) if is_of_ingress(version, kind) => {
+            if !ingress {
+                return Err(fault(format!("{version} {kind} is not served here without --ingress")));
+            }
+        }
         (version, kind) => {
             return Err(fault(format!(
                 "{version} {kind} is not served here; FederatedJob (fl.lifl.dev/v1alpha1) and Secret (v1) are"
@@ -187,6 +194,16 @@ fn take(
         }
     }
     Ok(())
+}
+
+/// Whether an object tells the ingress something; a list of such objects is one too.
+fn is_of_ingress(version: &str, kind: &str) -> bool {
+    matches!(
+        (version, kind),
+        ("networking.internal.knative.dev/v1alpha1", "Ingress")
+            | ("discovery.k8s.io/v1", "EndpointSlice")
+            | ("v1", "Service" | "Endpoints" | "List")
+    )
 }
 
 #[cfg(test)]
@@ -207,9 +224,18 @@ mod tests {
         let with_auth = format!("{}  auth: {{tokenSecretRef: {{name: s, key: token}}}}\n", JOB.replace("NAME", "b"));
         let text = format!("# a comment\n---\n{}---\n{secret}", JOB.replace("NAME", "a"));
         let dir = folder(&[("1.yaml", text), ("2.yml", with_auth), ("notes.txt", "not yaml: [".into())]);
-        let jobs = read(dir.path()).unwrap();
+        let jobs = read(dir.path(), false).unwrap();
         let found: Vec<_> = jobs.iter().map(|f| (f.job.name(), f.join_secret.as_deref())).collect();
         assert_eq!(found, [("a", None), ("b", Some("hunter2"))]);
+    }
+
+    #[test]
+    fn what_is_the_ingress_s_is_for_who_serves_one() {
+        let service = "apiVersion: v1\nkind: Service\nmetadata: {name: s}\n";
+        let dir = folder(&[("1.yaml", format!("{}---\n{service}", JOB.replace("NAME", "a")))]);
+        assert_eq!(read(dir.path(), true).unwrap().len(), 1);
+        let refused = read(dir.path(), false).unwrap_err().to_string();
+        assert!(refused.contains("1.yaml:10: v1 Service is not served here without --ingress"), "{refused}");
     }
 
     #[test]
@@ -221,14 +247,14 @@ mod tests {
         );
         let other = "apiVersion: v1\nkind: Pod\n".to_owned();
         let dir = folder(&[("jobs.yaml", text), ("pod.yaml", other), ("torn.yaml", "a: [\n".into())]);
-        let error = read(dir.path()).unwrap_err().to_string();
+        let error = read(dir.path(), false).unwrap_err().to_string();
         assert!(
             error.contains("jobs.yaml:10") && error.contains("spec.rounds") && error.contains("line 15"),
             "{error}"
         );
         assert!(error.contains("pod.yaml:1") && error.contains("v1 Pod is not served here"), "{error}");
         assert!(error.contains("torn.yaml:1"), "{error}");
-        let missing = read(Path::new("/does/not/exist")).unwrap_err().to_string();
+        let missing = read(Path::new("/does/not/exist"), false).unwrap_err().to_string();
         assert!(missing.contains("/does/not/exist"), "{missing}");
     }
 }

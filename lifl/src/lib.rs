@@ -7,6 +7,15 @@
 //!                              └── lifl coordinator
 //! ```
 //!
+//! On Kubernetes each component has a supervisor of its own, in a pod of its own; they are linked over a socket of the node:
+//!
+//! ```text
+//!  lifl node agent ───────> lifl agent ── lifl aggregator ..
+//!    ^  /run/lifl/node.sock
+//!    ├── lifl node gateway ──────> lifl gateway
+//!    └── lifl node coordinator ──> lifl coordinator
+//! ```
+//!
 //! Components are started from this same binary; tests and benches start them as [`component::main_as`] does.
 #![forbid(unsafe_code)]
 
@@ -18,6 +27,8 @@ pub mod component;
 mod cpu;
 pub mod demo;
 pub mod folder;
+pub mod node;
 pub mod platform;
 pub mod status;
 pub mod up;
+pub mod webhook;

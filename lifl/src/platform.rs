@@ -1,10 +1,11 @@
 //! The platform on one machine: the supervisor and its three components.
 
+use futures_util::FutureExt as _;
 use std::{
     fs, io,
     net::{SocketAddr, TcpListener},
     os::fd::OwnedFd,
-    path::PathBuf,
+    path::{Path, PathBuf},
     thread::{self, JoinHandle},
     time::Duration,
 };
@@ -17,17 +18,21 @@ use tokio::sync::{oneshot, watch};
 use crate::folder::JobFile;
 
 /// User of the gateway where the supervisor is root: parses strangers' bytes, owns nothing.
-const GATEWAY_UID: u32 = 65_532;
+pub(crate) const GATEWAY_UID: u32 = 65_532;
 
 /// A port in use is tried so many times more, so far apart, before it counts as another's.
 const BIND_TRIES: u32 = 5;
 const BIND_PAUSE: Duration = Duration::from_millis(100);
+/// A component that has not drained by then is killed.
+pub(crate) const DRAIN: Duration = Duration::from_secs(20);
 
 /// What to serve, and where.
 #[derive(Clone, Debug)]
 pub struct PlatformConfig {
     /// Where clients reach the gateway.
     pub listen: SocketAddr,
+    /// Where requests to Knative's services come in, and the folder of their rules.
+    pub ingress: Option<(SocketAddr, PathBuf)>,
     /// Where metrics and status are served.
     pub admin: SocketAddr,
     /// The jobs.
@@ -51,6 +56,8 @@ pub struct PlatformConfig {
 pub struct Platform {
     /// Address of the gateway, really bound.
     pub gateway: SocketAddr,
+    /// Address of the ingress, really bound.
+    pub ingress: Option<SocketAddr>,
     /// Address of the admin port, really bound.
     pub admin: SocketAddr,
     supervisor: Supervisor,
@@ -96,12 +103,11 @@ impl Platform {
     /// # Errors
     /// [`PlatformError`].
     pub fn start(config: PlatformConfig) -> Result<Self, PlatformError> {
-        let bind = |address: SocketAddr, purpose| {
-            bind(address).map_err(|source| PlatformError::Bind { address, purpose, source })
-        };
         let (gateway, listener) = bind(config.listen, "clients")?;
         let (admin_address, admin_listener) = bind(config.admin, "admin")?;
-        let specs = specs(&config, listener.into())?;
+        let bound = config.ingress.as_ref().map(|(address, _)| bind(*address, "the ingress")).transpose()?;
+        let (ingress, entrance) = bound.unzip();
+        let specs = specs(&config, listener.into(), entrance.map(OwnedFd::from))?;
         let (stop, stopped) = oneshot::channel();
         let (started, begin) = oneshot::channel();
         let (end, ended) = watch::channel(None);
@@ -113,7 +119,8 @@ impl Platform {
         })?;
         match begin.blocking_recv() {
             Ok(supervisor) => {
-                Ok(Self { gateway, admin: admin_address, supervisor, stop: Some(stop), ended, thread: Some(thread) })
+                let (admin, stop, thread) = (admin_address, Some(stop), Some(thread));
+                Ok(Self { gateway, ingress, admin, supervisor, stop, ended, thread })
             }
             Err(_never_started) => match thread.join() {
                 Ok(Err(error)) => Err(error.into()),
@@ -157,17 +164,22 @@ impl Platform {
 }
 
 /// Binds an address. After a killed platform its gateway may hold the port for the moment that it takes to die.
-fn bind(address: SocketAddr) -> io::Result<(SocketAddr, TcpListener)> {
-    let mut tries = 0;
-    let listener = loop {
-        match TcpListener::bind(address) {
-            Err(error) if error.kind() == io::ErrorKind::AddrInUse && tries < BIND_TRIES => thread::sleep(BIND_PAUSE),
-            other => break other?,
-        }
-        tries += 1;
+pub(crate) fn bind(address: SocketAddr, purpose: &'static str) -> Result<(SocketAddr, TcpListener), PlatformError> {
+    let bound = || {
+        let mut tries = 0;
+        let listener = loop {
+            match TcpListener::bind(address) {
+                Err(error) if error.kind() == io::ErrorKind::AddrInUse && tries < BIND_TRIES => {
+                    thread::sleep(BIND_PAUSE)
+                }
+                other => break other?,
+            }
+            tries += 1;
+        };
+        listener.set_nonblocking(true)?;
+        Ok((listener.local_addr()?, listener))
     };
-    listener.set_nonblocking(true)?;
-    Ok((listener.local_addr()?, listener))
+    bound().map_err(|source| PlatformError::Bind { address, purpose, source })
 }
 
 fn supervise(
@@ -176,25 +188,61 @@ fn supervise(
     started: oneshot::Sender<Supervisor>,
     stopped: oneshot::Receiver<()>,
 ) -> Result<(), SupervisorError> {
-    tokio::runtime::Builder::new_current_thread().enable_all().build()?.block_on(async {
-        let (supervisor, run) = Supervisor::start(specs)?;
-        let listener = tokio::net::TcpListener::from_std(admin_listener)?;
-        tokio::spawn(admin::serve(listener, supervisor.clone()));
-        let _the_platform_waits = started.send(supervisor.clone());
-        tokio::pin!(run);
-        tokio::select! {
-            result = &mut run => return result,
+    tokio::runtime::Builder::new_current_thread().enable_all().build()?.block_on(
+        async {
+            let begun = |supervisor: &Supervisor| drop(started.send(supervisor.clone()));
             // Dropped without a word counts as stop.
-            _ = stopped => {}
+            let stopped = async { drop(stopped.await) };
+            keep(specs, admin_listener, DRAIN, begun, stopped).await
         }
-        tokio::select! {
-            result = &mut run => result,
-            () = supervisor.drain() => Ok(()),
-        }
-    })
+        .boxed_local(),
+    )
 }
 
-fn specs(config: &PlatformConfig, listener: OwnedFd) -> io::Result<Vec<ChildSpec>> {
+/// Keeps components alive and serves their admin port until `stop` resolves; then has them end in order.
+pub(crate) async fn keep(
+    specs: Vec<ChildSpec>,
+    admin_listener: TcpListener,
+    drain: Duration,
+    begun: impl FnOnce(&Supervisor),
+    stop: impl Future<Output = ()>,
+) -> Result<(), SupervisorError> {
+    let (supervisor, run) = Supervisor::start(specs)?;
+    let listener = tokio::net::TcpListener::from_std(admin_listener)?;
+    tokio::spawn(admin::serve(listener, supervisor.clone()).boxed());
+    begun(&supervisor);
+    tokio::pin!(run);
+    tokio::select! {
+        result = &mut run => return result,
+        () = stop => {}
+    }
+    tokio::select! {
+        result = &mut run => result,
+        () = supervisor.drain(drain) => Ok(()),
+    }
+}
+
+/// A component, which is this same program.
+pub(crate) fn component(
+    name: &'static str,
+    peers: &[&'static str],
+    config: Value,
+    arguments: impl IntoIterator<Item = String>,
+) -> ChildSpec {
+    ChildSpec {
+        name,
+        program: PathBuf::from("/proc/self/exe"),
+        args: std::iter::once(name.to_owned()).chain(arguments).collect(),
+        environment: Vec::new(),
+        config,
+        peers: peers.to_vec(),
+        uid: None,
+        deposits: Vec::new(),
+        failpoint: None,
+    }
+}
+
+fn specs(config: &PlatformConfig, listener: OwnedFd, ingress: Option<OwnedFd>) -> io::Result<Vec<ChildSpec>> {
     let shm_limit = config.shm_limit.unwrap_or_else(|| memory_limit() / 2);
     let root = rustix::process::geteuid().is_root();
     let jobs: Vec<Value> = config
@@ -213,32 +261,33 @@ fn specs(config: &PlatformConfig, listener: OwnedFd) -> io::Result<Vec<ChildSpec
         all.extend(more.as_object().cloned().unwrap_or_default());
         Value::Object(all)
     };
-    let spec = |name, peers: &[&'static str], settings, uid| ChildSpec {
-        name,
-        program: PathBuf::from("/proc/self/exe"),
-        args: vec![name.to_owned(), format!("--log-level={}", config.log_level)],
-        config: settings,
-        peers: peers.to_vec(),
-        uid,
-        deposits: Vec::new(),
-        failpoint: failpoint(name),
+    let spec = |name, peers: &[&'static str], settings, uid| {
+        let arguments = [format!("--log-level={}", config.log_level)];
+        ChildSpec { uid, failpoint: failpoint(name), ..component(name, peers, settings, arguments) }
     };
     let agent = json!({"shm_limit": shm_limit, "userspace": config.userspace, "function_failpoint": function_failpoint, "log_level": config.log_level});
     let agent = spec("agent", &["gateway", "coordinator"], with("agent", agent), None);
-    let journals = match config.jobs.iter().any(|file| file.job.spec.ack_level == AckLevel::Disk) {
-        true => json!({"journal_dir": journal_dir(config, root)?}),
-        false => json!({}),
-    };
+    let mut settings = json!({});
+    if config.jobs.iter().any(|file| file.job.spec.ack_level == AckLevel::Disk) {
+        settings["journal_dir"] = json!(journal_dir(&config.state_dir, root)?);
+    }
+    if let Some((_, folder)) = &config.ingress {
+        // Whoever ends it by hand does not wait for load balancers.
+        settings["ingress"] = json!({"files": std::path::absolute(folder)?, "lame_duck_ms": 0});
+    }
     let gateway_uid = root.then_some(GATEWAY_UID);
-    let mut gateway = spec("gateway", &["agent", "coordinator"], with("gateway", journals), gateway_uid);
-    gateway.deposits.push(Deposit { key: "listener".into(), meta: Value::Null, fds: vec![listener] });
+    let mut gateway = spec("gateway", &["agent", "coordinator"], with("gateway", settings), gateway_uid);
+    let listeners = [("listener", Some(listener)), ("ingress-http", ingress)];
+    let deposit =
+        |(key, fd): (&str, Option<OwnedFd>)| Some(Deposit { key: key.into(), meta: Value::Null, fds: vec![fd?] });
+    gateway.deposits.extend(listeners.into_iter().filter_map(deposit));
     let coordinator = with("coordinator", json!({"jobs": jobs, "shm_limit": shm_limit}));
     Ok(vec![agent, gateway, spec("coordinator", &["agent", "gateway"], coordinator, None)])
 }
 
 /// The gateway's own folder for journals.
-fn journal_dir(config: &PlatformConfig, root: bool) -> io::Result<PathBuf> {
-    let dir = std::path::absolute(config.state_dir.join("journal"))?;
+pub(crate) fn journal_dir(state_dir: &Path, root: bool) -> io::Result<PathBuf> {
+    let dir = std::path::absolute(state_dir.join("journal"))?;
     let told = |source: io::Error| {
         io::Error::new(
             source.kind(),
@@ -253,7 +302,7 @@ fn journal_dir(config: &PlatformConfig, root: bool) -> io::Result<PathBuf> {
 }
 
 /// Memory of this machine, or of the container that this process is in, whichever is less.
-fn memory_limit() -> u64 {
+pub(crate) fn memory_limit() -> u64 {
     let total = fs::read_to_string("/proc/meminfo").ok().and_then(|text| {
         let line = text.lines().find(|line| line.starts_with("MemTotal:"))?;
         line.split_whitespace().nth(1)?.parse::<u64>().ok().map(|kib| kib << 10)

@@ -1,11 +1,13 @@
 //! `lifl up DIR`.
 
-use std::{fs, io::Write as _};
+use futures_util::FutureExt as _;
+use std::{fs, io::Write as _, path::Path};
 
-use anyhow::{Context as _, Result, bail};
+use anyhow::{Context as _, Result, anyhow, bail};
 use kube::CustomResourceExt as _;
 use lifl_api::job::FederatedJob;
 use lifl_daemon::logs;
+use lifl_gateway::ingress;
 use tokio::signal::unix::{SignalKind, signal};
 
 use crate::{
@@ -20,16 +22,15 @@ use crate::{
 /// What is wrong with the folder, a port, or the platform.
 pub fn run(args: &UpArgs, log: LogFormat, log_level: &str) -> Result<()> {
     logs::start(log.into(), log_level);
-    let mut jobs = folder::read(&args.dir)?;
-    if jobs.is_empty() {
+    let mut jobs = folder::read(&args.dir, args.ingress.is_some())?;
+    if args.ingress.is_some() {
+        ingress::read(&args.dir)
+            .map_err(|faults| anyhow!(faults.iter().map(ToString::to_string).collect::<Vec<_>>().join("\n")))?;
+    } else if jobs.is_empty() {
         bail!("{}: no FederatedJob in any .yaml or .yml file", args.dir.display());
     }
     if let Some(path) = &args.join_token_file {
-        let secret = fs::read_to_string(path).with_context(|| format!("--join-token-file {}", path.display()))?;
-        let secret = secret.trim().to_owned();
-        if secret.is_empty() {
-            bail!("--join-token-file {} is empty", path.display());
-        }
+        let secret = read_secret(path)?;
         for job in &mut jobs {
             job.join_secret.get_or_insert_with(|| secret.clone());
         }
@@ -45,6 +46,7 @@ pub fn run(args: &UpArgs, log: LogFormat, log_level: &str) -> Result<()> {
     }
     let platform = Platform::start(PlatformConfig {
         listen: args.listen,
+        ingress: args.ingress.map(|address| (address, args.dir.clone())),
         admin: args.platform.admin,
         jobs,
         shm_limit: args.platform.shm_limit.map(|size| size.0),
@@ -54,7 +56,8 @@ pub fn run(args: &UpArgs, log: LogFormat, log_level: &str) -> Result<()> {
         state_dir: args.state_dir.clone(),
         log_level: log_level.to_owned(),
     })?;
-    let failed = tokio::runtime::Builder::new_current_thread().enable_all().build()?.block_on(serve(&platform))?;
+    let failed =
+        tokio::runtime::Builder::new_current_thread().enable_all().build()?.block_on(serve(&platform).boxed_local())?;
     if let Some(why) = failed {
         bail!("{why}");
     }
@@ -62,11 +65,21 @@ pub fn run(args: &UpArgs, log: LogFormat, log_level: &str) -> Result<()> {
     Ok(platform.stop()?)
 }
 
+/// The secret of `--join-token-file`.
+pub(crate) fn read_secret(path: &Path) -> Result<String> {
+    let secret = fs::read_to_string(path).with_context(|| format!("--join-token-file {}", path.display()))?;
+    match secret.trim() {
+        "" => bail!("--join-token-file {} is empty", path.display()),
+        secret => Ok(secret.to_owned()),
+    }
+}
+
 async fn serve(platform: &Platform) -> Result<Option<String>> {
     let (mut term, mut interrupt) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
     let announce = async {
         platform.ready().await;
-        tracing::info!(gateway = %platform.gateway, admin = %platform.admin, "ready");
+        let ingress = platform.ingress.map(tracing::field::display);
+        tracing::info!(gateway = %platform.gateway, admin = %platform.admin, ingress, "ready");
         std::future::pending::<()>().await;
     };
     tokio::select! {

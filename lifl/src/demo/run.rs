@@ -1,5 +1,6 @@
 //! Runs the demo: the platform, the clients against it, and the screen between them.
 
+use futures_util::FutureExt as _;
 use std::{
     fs,
     path::Path as File,
@@ -54,6 +55,7 @@ pub fn run(args: &DemoArgs) -> Result<()> {
     job.spec.rounds = args.rounds;
     let platform = Platform::start(PlatformConfig {
         listen: args.listen,
+        ingress: None,
         admin: args.admin,
         jobs: vec![JobFile { path: "demo".into(), job, join_secret: None }],
         shm_limit: args.shm_limit.map(|size| size.0),
@@ -116,7 +118,7 @@ async fn play(platform: &Platform, config: ClientsConfig) -> Result<(Summary, Ui
     ui.intro(&intro)?;
     let (events, mut heard) = mpsc::channel(1024);
     let base = format!("http://{}", platform.gateway).parse().context("address of the gateway")?;
-    let clients = tokio::spawn(run_clients(base, NAMESPACE, NAME, config, events));
+    let clients = tokio::spawn(run_clients(base, NAMESPACE, NAME, config, events).boxed());
     let (mut term, mut interrupt) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
     let (mut began, mut told, mut seen) = (None, 0, 0);
     let mut measured = Vec::new();
