@@ -1,4 +1,4 @@
-//! Benches against real opponents, interleaved in one run: `cargo run --release -p lifl-bench -- NAME [--json FILE]`.
+//! Benches against real opponents, interleaved in one run: `cargo run --profile image -p lifl-bench -- NAME [--json FILE]`.
 //!
 //! A bench is a module with `pub(crate) fn run(args: &Args) -> anyhow::Result<Report>` and a line in [`BENCHES`]. It measures with
 //! [`measure`], checks what it computed, and returns figures in a [`report::Report`]; printing and writing happen here. Its head
@@ -13,26 +13,44 @@ use lifl::{
     cli::{Cli, Command},
     component::main_as,
 };
+use mimalloc::MiMalloc;
 
 mod descriptor;
 mod fold;
 mod handoff;
 mod ingest;
 mod measure;
+mod plot;
 mod report;
+mod request_path;
 
 use report::Report;
 
 type Bench = fn(&Args) -> anyhow::Result<Report>;
 type Part = fn() -> anyhow::Result<()>;
 
+/// As `lifl` has it: parts of this binary stand for its processes.
+#[global_allocator]
+static ALLOCATOR: MiMalloc = MiMalloc;
+
 /// Every bench by its name.
-const BENCHES: &[(&str, Bench)] =
-    &[("descriptor", descriptor::run), ("fold", fold::run), ("handoff", handoff::run), ("ingest", ingest::run)];
+const BENCHES: &[(&str, Bench)] = &[
+    ("descriptor", descriptor::run),
+    ("fold", fold::run),
+    ("handoff", handoff::run),
+    ("ingest", ingest::run),
+    ("request-path", request_path::run),
+];
 
 /// What benches run in processes of their own: this binary, started with `--part`.
-const PARTS: &[(&str, Part)] =
-    &[("handoff-top", handoff::top), ("ingest-sink", ingest::sink), ("ingest-store", ingest::store)];
+const PARTS: &[(&str, Part)] = &[
+    ("handoff-top", handoff::top),
+    ("ingest-sink", ingest::sink),
+    ("ingest-store", ingest::store),
+    ("request-path-node", request_path::node),
+    ("request-path-upstream", request_path::upstream),
+    ("request-path-relay", request_path::relay),
+];
 
 /// Benches against real opponents, interleaved in one run.
 #[derive(Debug, Parser)]
@@ -45,6 +63,10 @@ struct Args {
     #[arg(long, value_name = "FILE")]
     json: Option<PathBuf>,
 
+    /// Where to write the report as a picture, besides printing it.
+    #[arg(long, value_name = "FILE")]
+    svg: Option<PathBuf>,
+
     /// How often each opponent gets its turn.
     #[arg(long, default_value_t = 7, value_parser = clap::value_parser!(u32).range(5..))]
     rounds: u32,
@@ -52,6 +74,14 @@ struct Args {
     /// Python interpreter that has what `bench/requirements.txt` lists.
     #[arg(long, env = "LIFL_PYTHON", default_value = "python3")]
     python: PathBuf,
+
+    /// request-path: few and short rounds, to see that everything works; nothing is promised of them.
+    #[arg(long)]
+    quick: bool,
+
+    /// request-path: folder with Knative's `queue`, built from its cmd/queue.
+    #[arg(long, value_name = "DIR")]
+    knative_bin: Option<PathBuf>,
 
     /// Be this part of the bench instead: what runs in a process of its own.
     #[arg(long, hide = true)]
@@ -73,6 +103,9 @@ fn main() -> anyhow::Result<()> {
     report.print(&mut std::io::stdout().lock())?;
     if let Some(path) = &args.json {
         report.write(path)?;
+    }
+    if let Some(path) = &args.svg {
+        report.draw(path)?;
     }
     Ok(())
 }

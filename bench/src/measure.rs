@@ -50,7 +50,7 @@ struct Usage {
 
 /// Series of values by name, one value per round.
 #[derive(Debug, Default)]
-pub(crate) struct Rounds(BTreeMap<&'static str, Vec<f64>>);
+pub(crate) struct Rounds(BTreeMap<String, Vec<f64>>);
 
 // === impl Cost ===
 
@@ -91,8 +91,8 @@ impl Usage {
 
 impl Rounds {
     /// Keeps this round's value.
-    pub(crate) fn push(&mut self, name: &'static str, value: f64) {
-        self.0.entry(name).or_default().push(value);
+    pub(crate) fn push(&mut self, name: impl Into<String>, value: f64) {
+        self.0.entry(name.into()).or_default().push(value);
     }
 
     /// All rounds of one series.
@@ -106,8 +106,8 @@ impl Rounds {
     }
 
     /// All series, by name.
-    pub(crate) fn iter(&self) -> impl Iterator<Item = (&'static str, &[f64])> {
-        self.0.iter().map(|(name, series)| (*name, series.as_slice()))
+    pub(crate) fn iter(&self) -> impl Iterator<Item = (&str, &[f64])> {
+        self.0.iter().map(|(name, series)| (name.as_str(), series.as_slice()))
     }
 }
 

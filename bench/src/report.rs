@@ -1,9 +1,16 @@
 //! What a bench found: figures that promises are held against, and the raw series behind them.
 
-use std::{collections::BTreeMap, fs::File, io::Write, path::Path};
+use std::{
+    collections::BTreeMap,
+    fs::{self, File},
+    io::Write,
+    path::Path,
+};
 
 use anyhow::Context as _;
 use serde::Serialize;
+
+use crate::plot::{Bar, draw};
 
 /// The schema that the JSON form names.
 const SCHEMA: &str = "lifl.dev/bench/v1";
@@ -79,6 +86,17 @@ impl Report {
         serde_json::to_writer_pretty(file, self)?;
         Ok(())
     }
+
+    /// Writes all series as bars, figures first.
+    pub(crate) fn draw(&self, path: &Path) -> anyhow::Result<()> {
+        let mut bars = Vec::new();
+        for (name, series) in &self.raw.series {
+            let (range, figure) = (range(&series.rounds), self.figures.contains_key(name));
+            bars.push(Bar { name, unit: series.unit, value: series.median, range, figure });
+        }
+        bars.sort_by_key(|bar| !bar.figure);
+        fs::write(path, draw(self.bench, &bars)).with_context(|| format!("cannot write {}", path.display()))
+    }
 }
 
 /// The middle value; of an even number the mean of the two.
@@ -93,9 +111,12 @@ pub(crate) fn median(values: &[f64]) -> f64 {
 }
 
 fn spread(values: &[f64]) -> f64 {
-    let (low, high) =
-        values.iter().fold((f64::INFINITY, f64::NEG_INFINITY), |(low, high), x| (low.min(*x), high.max(*x)));
+    let (low, high) = range(values);
     if high > low { (high - low) / median(values) } else { 0.0 }
+}
+
+fn range(values: &[f64]) -> (f64, f64) {
+    values.iter().fold((f64::INFINITY, f64::NEG_INFINITY), |(low, high), x| (low.min(*x), high.max(*x)))
 }
 
 #[cfg(test)]

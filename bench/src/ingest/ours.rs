@@ -109,6 +109,7 @@ impl Ours {
         let any = SocketAddr::from(([127, 0, 0, 1], 0));
         let platform = Platform::start(PlatformConfig {
             listen: any,
+            ingress: None,
             admin: any,
             jobs: vec![JobFile { path: "bench.yaml".into(), job, join_secret: None }],
             shm_limit: None,
