@@ -201,7 +201,7 @@ fn sigterm_lets_uploads_finish() -> Outcome {
     let job = Job::new(dir.path(), "clean", 5, 1);
     job.write(dir.path())?;
     let mut up = Up::start(dir.path(), &Options { userspace: no_ebpf().is_some(), ..Options::default() })?;
-    let token = until("a token", || join(up.gateway, "clean", 0).ok())?;
+    let token = until("a token", || join(up.gateway, "clean", 0, None).ok())?;
     let mut poll = Call::get("/v1/namespaces/default/jobs/clean/task?client=c0&wait=5s");
     poll.headers.push(("authorization", format!("Bearer {token}")));
     until("a task", || {

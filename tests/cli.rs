@@ -112,7 +112,7 @@ fn the_crd_is_the_one_in_the_repository() -> Outcome {
 
 #[test]
 fn the_examples_can_be_served() -> Outcome {
-    let jobs = lifl::folder::read(&root().join("manifests/examples"))?;
+    let jobs = lifl::folder::read(&root().join("manifests/examples"), false)?;
     ensure(!jobs.is_empty(), || "no example".to_owned())?;
     for file in jobs {
         file.job.spec.validate()?;

@@ -90,7 +90,7 @@ fn idle(userspace: bool) -> Outcome {
     // Two clients are wanted, one comes: the job waits, with its functions started.
     Job::new(dir.path(), "idle", 3, 2).write(dir.path())?;
     let mut up = Up::start(dir.path(), &Options { userspace, ..Options::default() })?;
-    let token = until("a token", || join(up.gateway, "idle", 0).ok())?;
+    let token = until("a token", || join(up.gateway, "idle", 0, None).ok())?;
     let address = up.gateway;
     until("the functions", || up.process("top"))?;
     std::thread::spawn(move || {

@@ -42,7 +42,7 @@ fn zeros(elements: usize) -> Vec<u8> {
 }
 
 fn joined(up: &Up, job: &str, client: u32) -> Outcome<String> {
-    until("a token", || join(up.gateway, job, client).ok())
+    until("a token", || join(up.gateway, job, client, None).ok())
 }
 
 fn asked_to_train(up: &Up, job: &str, client: u32, token: &str) -> Outcome {
@@ -151,7 +151,7 @@ fn a_job_without_memory_says_so_and_the_other_goes_on() -> Outcome {
     let message = why["message"].as_str().unwrap_or_default();
     ensure(message.contains("--shm-limit") && message.contains("bytes of shared memory"), || why.to_string())?;
     let told = until("the gateway's word", || {
-        let token = join(up.gateway, "big", 0).ok()?;
+        let token = join(up.gateway, "big", 0, None).ok()?;
         let mut poll = Call::get("/v1/namespaces/default/jobs/big/task?client=c0&wait=1s");
         poll.headers.push(("authorization", format!("Bearer {token}")));
         Some(poll.to(up.gateway, Duration::from_secs(20)).ok()?.json())

@@ -96,9 +96,17 @@ impl Cluster {
         script(&arguments, "")
     }
 
-    /// Loads this very program as an image.
-    pub(crate) fn load_this_program(&self, name: &str) -> Outcome {
-        image(name, &std::env::current_exe()?.to_string_lossy())
+    /// Loads a program as image `dev.local/NAME:1`, with what it is linked to.
+    pub(crate) fn load(&self, name: &str, program: &Path) -> Outcome {
+        image(name, &program.to_string_lossy())
+    }
+
+    /// Loads this very program as image `dev.local/cluster-test:1`.
+    pub(crate) fn test_program(&self) -> Outcome {
+        static LOADED: OnceLock<Result<(), String>> = OnceLock::new();
+        let load = || self.load("cluster-test", &std::env::current_exe()?);
+        let said = |why: libtest_mimic::Failed| why.message().unwrap_or_default().to_owned();
+        Ok(LOADED.get_or_init(|| load().map_err(said)).clone()?)
     }
 
     /// Applies a manifest.

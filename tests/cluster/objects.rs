@@ -10,7 +10,7 @@ use kube::CustomResourceExt as _;
 use lifl_api::job::{FederatedJob, FederatedJobStatus};
 use lifl_cluster::{Client, Kind, Objects, Selection, StatusWrite, Store, Writer, connect};
 use serde::{Deserialize, Serialize};
-use serde_json::json;
+use serde_json::{Value, json};
 use tokio::{
     net::{TcpListener, TcpStream},
     task::JoinSet,
@@ -67,10 +67,19 @@ async fn until<K: Kind>(
 fn kustomization_renders_what_the_types_say() -> Outcome {
     let rendered = cluster()?.kubectl(&format!("kustomize {}", manifests().display()))?;
     let documents = serde_yaml_ng::Deserializer::from_str(&rendered);
-    let documents: Vec<CustomResourceDefinition> = documents.map(Deserialize::deserialize).collect::<Result<_, _>>()?;
-    ensure(documents == [FederatedJob::crd()], || {
+    let documents: Vec<Value> = documents.map(Deserialize::deserialize).collect::<Result<_, _>>()?;
+    let kind = |kind: &'static str| documents.iter().filter(move |object| object["kind"] == kind);
+    let definitions: Vec<CustomResourceDefinition> = kind("CustomResourceDefinition")
+        .map(|object| serde_json::from_value(object.clone()))
+        .collect::<Result<_, _>>()?;
+    ensure(definitions == [FederatedJob::crd()], || {
         format!("`lifl crd` says something else than manifests/:\n{rendered}")
-    })
+    })?;
+    // No image is left that only kustomize knows.
+    let workloads = kind("DaemonSet").chain(kind("Deployment"));
+    let images: Vec<&Value> =
+        workloads.map(|object| &object["spec"]["template"]["spec"]["containers"][0]["image"]).collect();
+    ensure(images == ["dev.local/lifl:1"; 4], || format!("{images:?}"))
 }
 
 /// The cluster knows its administrator by certificate alone.
@@ -100,11 +109,12 @@ fn job(name: &str, min_clients: Option<u32>) -> Outcome<FederatedJob> {
 
 fn federated_job_makes_the_round_trip() -> Outcome {
     let cluster = cluster()?;
-    cluster.kubectl(&format!("apply -k {}", manifests().display()))?;
+    cluster.kubectl(&format!("apply -f {}", manifests().join("federatedjob.yaml").display()))?;
     cluster.kubectl("wait crd/federatedjobs.fl.lifl.dev --for=condition=Established --timeout=60s")?;
     cluster.namespace("jobs")?;
-    // The API server's reading of the schema accepts our example.
+    // The API server's reading of the schema accepts our examples.
     cluster.kubectl(&format!("apply -f {}", manifests().join("examples").display()))?;
+    cluster.kubectl(&format!("apply --dry-run=server -f {}", manifests().join("examples/kubernetes").display()))?;
     block_on(async {
         let client = client(&cluster).await?;
         let mut jobs: Store<FederatedJob> = opened(&client, Selection::namespace("jobs")).await?;
@@ -170,7 +180,7 @@ struct LateSpec {}
 
 fn pod_reads_with_its_service_account() -> Outcome {
     let cluster = cluster()?;
-    cluster.load_this_program("cluster-test")?;
+    cluster.test_program()?;
     cluster.namespace("in-pod")?;
     cluster.kubectl("-n in-pod create rolebinding view --clusterrole=view --serviceaccount=in-pod:default")?;
     cluster.apply(&format!(

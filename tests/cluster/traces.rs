@@ -56,8 +56,7 @@ pub(crate) fn down_leaves_nothing(before: &Machine) -> Outcome {
 
 /// Processes below this one, each with the time of its start: a pid may be given again.
 fn family(root: i32) -> BTreeSet<(i32, String)> {
-    let names = fs::read_dir("/proc").into_iter().flatten().flatten();
-    let pids: Vec<i32> = names.filter_map(|entry| entry.file_name().to_str()?.parse().ok()).collect();
+    let pids = processes();
     let mut family = BTreeSet::from([root]);
     loop {
         let known = family.len();
@@ -68,6 +67,12 @@ fn family(root: i32) -> BTreeSet<(i32, String)> {
             return family.into_iter().filter_map(|pid| Some((pid, stat(pid)?.1))).collect();
         }
     }
+}
+
+/// All of this machine.
+pub(crate) fn processes() -> Vec<i32> {
+    let names = fs::read_dir("/proc").into_iter().flatten().flatten();
+    names.filter_map(|entry| entry.file_name().to_str()?.parse().ok()).collect()
 }
 
 /// Parent and time of start.

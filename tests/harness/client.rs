@@ -38,6 +38,7 @@ struct Client {
     address: SocketAddr,
     job: String,
     index: u32,
+    secret: Option<String>,
     token: String,
     book: Book,
     /// When it gives up.
@@ -77,14 +78,15 @@ pub(crate) fn update_headers(job: &str, client: u32, round: u32, token: &str) ->
 }
 
 /// Joins; the token, or the answer that was none.
-pub(crate) fn join(address: SocketAddr, job: &str, client: u32) -> Result<String, String> {
-    let headers = vec![
+pub(crate) fn join(address: SocketAddr, job: &str, client: u32, secret: Option<&str>) -> Result<String, String> {
+    let mut headers = vec![
         ("ce-specversion", "1.0".into()),
         ("ce-type", "dev.lifl.fl.client.available.v1".into()),
         ("ce-source", source(job, client)),
         ("ce-id", format!("{job}.join.c{client}")),
         ("content-type", "application/json".into()),
     ];
+    headers.extend(secret.map(|secret| ("authorization", format!("Bearer {secret}"))));
     let path = format!("/v1/namespaces/default/jobs/{job}/events");
     let call = Call { method: "POST", path: &path, headers, body: b"{}" };
     let answer = call.to(address, Duration::from_secs(20)).map_err(|error| error.to_string())?;
@@ -98,8 +100,9 @@ impl Clients {
     pub(crate) fn start(address: SocketAddr, job: &Job) -> Self {
         let book = Book::default();
         let threads = (0..job.clients).map(|index| {
-            let (job, token, book) = (job.name.clone(), String::new(), book.clone());
-            let mut client = Client { address, job, index, token, book, deadline: Instant::now() + PATIENCE };
+            let (token, book, deadline) = (String::new(), book.clone(), Instant::now() + PATIENCE);
+            let (job, secret) = (job.name.clone(), job.secret.clone());
+            let mut client = Client { address, job, index, secret, token, book, deadline };
             std::thread::spawn(move || client.run())
         });
         Self { threads: threads.collect(), book }
@@ -122,7 +125,9 @@ impl Client {
     fn run(&mut self) -> Result<(), String> {
         loop {
             if self.token.is_empty() {
-                self.token = self.patiently("joining", |client| join(client.address, &client.job, client.index))?;
+                self.token = self.patiently("joining", |client| {
+                    join(client.address, &client.job, client.index, client.secret.as_deref())
+                })?;
             }
             let task = self.patiently("a poll", Self::poll)?;
             let task = task.json();

@@ -53,7 +53,10 @@ impl<'a> Call<'a> {
 
     /// The request's head as it goes over the wire.
     pub(crate) fn head(&self) -> String {
-        let mut head = format!("{} {} HTTP/1.1\r\nHost: lifl\r\nConnection: close\r\n", self.method, self.path);
+        let mut head = format!("{} {} HTTP/1.1\r\nConnection: close\r\n", self.method, self.path);
+        if self.headers.iter().all(|(name, _)| !name.eq_ignore_ascii_case("host")) {
+            head.push_str("Host: lifl\r\n");
+        }
         self.headers.iter().for_each(|(name, value)| head.push_str(&format!("{name}: {value}\r\n")));
         head.push_str(&format!("Content-Length: {}\r\n\r\n", self.body.len()));
         head

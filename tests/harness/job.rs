@@ -20,6 +20,8 @@ pub(crate) struct Job {
     pub(crate) clients: u32,
     /// More fields of the spec, YAML flow style.
     pub(crate) more: String,
+    /// What its clients present when they join.
+    pub(crate) secret: Option<String>,
     pub(crate) checkpoint: PathBuf,
 }
 
@@ -67,14 +69,15 @@ impl Job {
     /// A job of so many rounds and clients; one leaf for two updates.
     pub(crate) fn new(dir: &Path, name: &str, rounds: u32, clients: u32) -> Self {
         let more = "roundDeadline: 60s, aggregation: {leafFanIn: 2}, overProvision: 1.0".to_owned();
-        Self { name: name.to_owned(), rounds, clients, more, checkpoint: dir.join(format!("{name}.checkpoint")) }
+        let (name, checkpoint) = (name.to_owned(), dir.join(format!("{name}.checkpoint")));
+        Self { name, rounds, clients, more, secret: None, checkpoint }
     }
 
     /// Writes manifest and first model into the folder.
     pub(crate) fn write(&self, dir: &Path) -> Outcome {
         let model = dir.join(format!("{}.safetensors", self.name));
         fs::write(&model, file(&[0.0; ELEMENTS], false))?;
-        let Self { name, rounds, clients, more, checkpoint } = self;
+        let Self { name, rounds, clients, more, checkpoint, .. } = self;
         let text = format!(
             "apiVersion: fl.lifl.dev/v1alpha1\nkind: FederatedJob\nmetadata: {{name: {name}, namespace: default}}\nspec: {{model: \
              {{name: m, initial: {{uri: 'file://{}'}}}}, rounds: {rounds}, clientsPerRound: {clients}, minClients: {clients}, \
