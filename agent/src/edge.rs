@@ -8,7 +8,6 @@ mod notices;
 mod segments;
 mod siblings;
 
-use futures_util::{FutureExt as _, future::BoxFuture};
 use std::{
     io,
     os::fd::{AsFd, OwnedFd},
@@ -16,6 +15,7 @@ use std::{
     time::Instant,
 };
 
+use futures_util::{FutureExt as _, future::BoxFuture};
 use lifl_api::{
     node::{NodeEvent, Order, ToAgent},
     pod::NodePod,

@@ -6,7 +6,6 @@ mod desk;
 mod peer;
 mod roster;
 
-use futures_util::future::BoxFuture;
 use std::{
     collections::BTreeMap,
     os::fd::OwnedFd,
@@ -14,6 +13,7 @@ use std::{
     time::Duration,
 };
 
+use futures_util::future::BoxFuture;
 use jiff::Timestamp;
 use lifl_api::node::{ChainState, FromGateway, NodeEvent, Order, ToGateway};
 use lifl_cluster::Key;

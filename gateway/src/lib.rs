@@ -44,9 +44,9 @@ mod tls;
 mod token;
 mod watch;
 
-use futures_util::{FutureExt as _, future::BoxFuture};
 use std::{os::fd::OwnedFd, sync::Arc, time::Duration};
 
+use futures_util::{FutureExt as _, future::BoxFuture};
 use lifl_daemon::{Child, ChildError, Epochs, Startup};
 use lifl_proxy::Limits;
 use tokio::{net::TcpListener, sync::mpsc};

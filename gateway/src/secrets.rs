@@ -1,7 +1,6 @@
 //! Secrets of Kubernetes, those that somebody names and no others: each is read by itself, again and again. To be told of
 //! changes would take the right to read all of them, and this process parses strangers' bytes.
 
-use futures_util::FutureExt as _;
 use std::{
     fmt,
     sync::{
@@ -11,6 +10,7 @@ use std::{
     time::Duration,
 };
 
+use futures_util::FutureExt as _;
 use k8s_openapi::api::core::v1::Secret;
 use lifl_cluster::{Client, Key, get};
 use tokio::sync::{Notify, watch};

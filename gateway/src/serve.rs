@@ -1,9 +1,9 @@
 //! The public port: connections, routes, answers.
 
-use futures_util::FutureExt as _;
 use std::{convert::Infallible, os::fd::OwnedFd, sync::Arc, time::Duration};
 
 use bytes::Bytes;
+use futures_util::FutureExt as _;
 use http::{HeaderValue, Method, Request, Response, StatusCode, header};
 use http_body_util::{BodyExt as _, Full, combinators::UnsyncBoxBody};
 use hyper::{body::Incoming, service::service_fn};

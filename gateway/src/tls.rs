@@ -1,6 +1,5 @@
 //! TLS towards clients: certificates that are replaced while connections are made, and the listeners that use them.
 
-use futures_util::FutureExt as _;
 use std::{
     borrow::Borrow,
     collections::HashMap,
@@ -12,6 +11,7 @@ use std::{
 };
 
 use arc_swap::{ArcSwap, ArcSwapOption};
+use futures_util::FutureExt as _;
 use k8s_openapi::api::core::v1::Secret;
 use lifl_api::pod::TlsSettings;
 use lifl_proxy::{Handle, Limits, Peer, Server};

@@ -7,9 +7,9 @@ pub(crate) mod outbox;
 pub(crate) mod restore;
 pub(crate) mod worker;
 
-use futures_util::FutureExt as _;
 use std::sync::Arc;
 
+use futures_util::FutureExt as _;
 use lifl_api::node::ToGateway;
 use lifl_daemon::{Channel, Epochs, Kin, Sibling, Standing};
 use tokio::sync::mpsc;

@@ -3,10 +3,10 @@
 //! The supervisor is the pod's process 1: it binds ports, keeps descriptors, starts its component again when it dies (kubelet
 //! would pause ever longer before it did), serves the admin port, and links the component to those of the node's other pods.
 
-use futures_util::FutureExt as _;
 use std::{net::SocketAddr, path::PathBuf, time::Duration};
 
 use anyhow::Result;
+use futures_util::FutureExt as _;
 use lifl_api::quantity::Bytes;
 use lifl_daemon::{ChildSpec, Deposit, NodeSocket, Supervisor, logs};
 use rustix::{

@@ -1,6 +1,5 @@
 //! The platform on one machine: the supervisor and its three components.
 
-use futures_util::FutureExt as _;
 use std::{
     fs, io,
     net::{SocketAddr, TcpListener},
@@ -10,6 +9,7 @@ use std::{
     time::Duration,
 };
 
+use futures_util::FutureExt as _;
 use lifl_api::job::AckLevel;
 use lifl_daemon::{ChildSpec, Deposit, Supervisor, SupervisorError, admin};
 use serde_json::{Value, json};

@@ -1,9 +1,9 @@
 //! `lifl up DIR`.
 
-use futures_util::FutureExt as _;
 use std::{fs, io::Write as _, path::Path};
 
 use anyhow::{Context as _, Result, anyhow, bail};
+use futures_util::FutureExt as _;
 use kube::CustomResourceExt as _;
 use lifl_api::job::FederatedJob;
 use lifl_daemon::logs;

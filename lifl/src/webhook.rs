@@ -1,9 +1,9 @@
 //! `lifl webhook`: no supervisor, no child; kubelet starts it again when it dies, and pods start with their sidecar meanwhile.
 
-use futures_util::FutureExt as _;
 use std::{future::pending, time::Duration};
 
 use anyhow::Result;
+use futures_util::FutureExt as _;
 use lifl_cluster::{Client, connect, registration};
 use lifl_daemon::{Supervisor, admin, logs};
 use lifl_webhook::{CertificateSource, Config};

@@ -1,6 +1,5 @@
 //! The edge: HTTPS in, verdicts out.
 
-use futures_util::FutureExt as _;
 use std::{
     collections::BTreeSet,
     convert::Infallible,
@@ -14,6 +13,7 @@ use std::{
 };
 
 use bytes::Bytes;
+use futures_util::FutureExt as _;
 use http::{Method, Request, Response, StatusCode, header::CONTENT_TYPE};
 use http_body_util::{BodyExt as _, Full, Limited};
 use hyper::{

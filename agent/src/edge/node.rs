@@ -1,12 +1,12 @@
 //! The pods of this node: what Kubernetes says of them, and the gateway's questions.
 
-use futures_util::FutureExt as _;
 use std::{
     collections::HashSet,
     future::pending,
     time::{Duration, Instant},
 };
 
+use futures_util::FutureExt as _;
 use k8s_openapi::api::core::v1::{Container, Pod, PodSpec, PodStatus};
 use lifl_api::{
     node::FromAgent,

@@ -1,8 +1,8 @@
 //! The edge to an API server: wishes come from there, statuses go there. It may be away for as long as it likes.
 
-use futures_util::FutureExt as _;
 use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
+use futures_util::FutureExt as _;
 use k8s_openapi::api::core::v1;
 use lifl_api::job::{FederatedJobStatus, JobObject};
 use lifl_cluster::{Client, Key, Objects, ReadError, Selection, StatusWrite, Store, Writer, connect, get};

@@ -1,11 +1,11 @@
 //! Slots for uploads: from the arena, which grows by segments that the agent grants.
 
-use futures_util::FutureExt as _;
 use std::{
     sync::{Arc, atomic::Ordering},
     time::Duration,
 };
 
+use futures_util::FutureExt as _;
 use lifl_api::job::Timing;
 use lifl_ebpf::role;
 use lifl_shm::{Arena, ArenaError, ObjectMeta, SealError, Sealed, Segment, SegmentSpec, SlotWriter};

@@ -1,8 +1,8 @@
 //! The ingress as a part of this process: listeners from deposits, rules from Kubernetes or files, the end.
 
-use futures_util::FutureExt as _;
 use std::{collections::BTreeMap, net::TcpListener as StdListener, os::fd::OwnedFd, sync::Arc, time::Duration};
 
+use futures_util::FutureExt as _;
 use lifl_cluster::{Client, Writer};
 use lifl_proxy::Limits;
 use prometheus::Registry;

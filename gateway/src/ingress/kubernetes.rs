@@ -8,7 +8,6 @@
 //!
 //! What comes in a burst becomes one snapshot. An API server that is lost leaves the last one.
 
-use futures_util::FutureExt as _;
 use std::{
     collections::{BTreeMap, BTreeSet},
     net::{IpAddr, SocketAddr},
@@ -17,6 +16,7 @@ use std::{
     time::Duration,
 };
 
+use futures_util::FutureExt as _;
 use k8s_openapi::api::{core::v1::Service, discovery::v1::EndpointSlice};
 use lifl_api::ingress::KIngress;
 use lifl_cluster::{Client, Closed, Keeper, Key, Kind, Objects, Selection, Store, knows};

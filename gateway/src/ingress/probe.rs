@@ -1,9 +1,9 @@
 //! Probes: whether gateways serve a version of an Ingress, asked as Knative's own probers ask.
 
-use futures_util::FutureExt as _;
 use std::{collections::BTreeSet, io, net::SocketAddr, sync::Arc, time::Duration};
 
 use bytes::Bytes;
+use futures_util::FutureExt as _;
 use http::{HeaderMap, Request, StatusCode, header};
 use http_body_util::Empty;
 use hyper::client::conn::http1;

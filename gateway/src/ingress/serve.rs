@@ -1,9 +1,9 @@
 //! Listeners, and the way of a request: decide, choose, forward.
 
-use futures_util::FutureExt as _;
 use std::{net::SocketAddr, sync::Arc, time::Duration};
 
 use bytes::Bytes;
+use futures_util::FutureExt as _;
 use http::{HeaderName, HeaderValue, Request, Response, StatusCode, Uri, Version, header, uri::PathAndQuery};
 use hyper::body::Body as _;
 use lifl_api::ingress::PROBER_USER_AGENT;

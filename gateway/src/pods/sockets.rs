@@ -3,7 +3,6 @@
 //! They are asked for ahead, as many as a pod was dialled with of late: while an agent is started again connections are made all
 //! the same. Whoever finds none waits for the agent, in order, whichever agent it is. A pod that nobody calls keeps a few.
 
-use futures_util::FutureExt as _;
 use std::{
     collections::{HashMap, VecDeque},
     io,
@@ -16,6 +15,7 @@ use std::{
     time::Duration,
 };
 
+use futures_util::FutureExt as _;
 use lifl_api::pod::{MAX_SOCKETS, PodAsk};
 use lifl_proxy::{Dial, Endpoint};
 use tokio::{

@@ -1,6 +1,5 @@
 //! The pods that are served, and the one writer of them.
 
-use futures_util::FutureExt as _;
 use std::{
     collections::{HashMap, HashSet},
     net::{Ipv4Addr, SocketAddr, TcpListener as StdListener},
@@ -9,6 +8,7 @@ use std::{
     time::Duration,
 };
 
+use futures_util::FutureExt as _;
 use lifl_api::pod::{NodePod, PodAsk, PodPort, PodWord};
 use lifl_cluster::Key;
 use lifl_proxy::{

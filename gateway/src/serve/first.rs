@@ -4,9 +4,9 @@
 //! second time it is an ordinary update. So nothing is promised before there is a place for it. Others who send theirs
 //! meanwhile are asked to come again, too; what they sent is not kept.
 
-use futures_util::FutureExt as _;
 use std::{fs::File, io::Write as _, os::fd::AsFd as _, sync::Arc};
 
+use futures_util::FutureExt as _;
 use lifl_api::manifest::float;
 use lifl_fold::first_non_finite;
 use rustix::fs::{MemfdFlags, memfd_create};

@@ -1,9 +1,9 @@
 //! The body of a request as it comes: judged by its pace, digested, and drained where it is no longer wanted.
 
-use futures_util::FutureExt as _;
 use std::time::Duration;
 
 use bytes::Bytes;
+use futures_util::FutureExt as _;
 use http::{HeaderMap, header};
 use http_body_util::BodyExt as _;
 use hyper::body::Incoming;

@@ -1,6 +1,5 @@
 //! What the coordinator orders of one chain, one word after another: each is kept before its effect is visible.
 
-use futures_util::FutureExt as _;
 use std::{
     fs::File,
     os::{
@@ -11,6 +10,7 @@ use std::{
     time::Duration,
 };
 
+use futures_util::FutureExt as _;
 use lifl_api::{
     manifest::{Manifest, ManifestError},
     node::{FromGateway, ToGateway},

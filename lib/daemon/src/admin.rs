@@ -1,10 +1,10 @@
 //! The admin port: `/metrics`, `/healthz`, `/readyz`, `/status`, served by the supervisor, so that no component needs a
 //! port for it and no stranger's bytes share a thread with it.
 
-use futures_util::FutureExt as _;
 use std::{collections::BTreeMap, convert::Infallible, sync::Arc};
 
 use bytes::Bytes;
+use futures_util::FutureExt as _;
 use http_body_util::Full;
 use hyper::{Method, Request, Response, StatusCode, body::Incoming, header, service::service_fn};
 use hyper_util::rt::TokioIo;

@@ -1,6 +1,5 @@
 //! A component's side of its supervisor.
 
-use futures_util::FutureExt as _;
 use std::{
     fs::File,
     io,
@@ -8,6 +7,7 @@ use std::{
     sync::{Arc, OnceLock},
 };
 
+use futures_util::FutureExt as _;
 use prometheus::{Registry, TextEncoder};
 use rustix::process::{Pid, Signal, getppid, set_parent_process_death_signal};
 use serde::{Deserialize, Serialize};

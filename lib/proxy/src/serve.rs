@@ -3,7 +3,6 @@
 //! Bounded: connections, heads (bytes, fields and time), streams, what a client may have on the way of an upload, streams
 //! that it opens and resets at once. SETTINGS, PING and CONTINUATION floods are h2's to bound: it keeps one of each.
 
-use futures_util::FutureExt as _;
 use std::{
     convert::Infallible,
     fmt,
@@ -14,6 +13,7 @@ use std::{
     time::Duration,
 };
 
+use futures_util::FutureExt as _;
 use http::{HeaderValue, Method, Request, Response, StatusCode, Version, header};
 use hyper::{
     body::{Body as _, Incoming},

@@ -1,6 +1,5 @@
 //! Runs the demo: the platform, the clients against it, and the screen between them.
 
-use futures_util::FutureExt as _;
 use std::{
     fs,
     path::Path as File,
@@ -8,6 +7,7 @@ use std::{
 };
 
 use anyhow::{Context as _, Result, bail};
+use futures_util::FutureExt as _;
 use lifl_api::job::FederatedJob;
 use lifl_daemon::{admin, logs};
 use serde_json::{Value, json};

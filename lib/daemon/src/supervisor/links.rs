@@ -1,7 +1,8 @@
 //! Supervisors of one node, linked: a component behind a link is paired as one of our own.
 
-use futures_util::FutureExt as _;
 use std::{path::PathBuf, sync::Arc};
+
+use futures_util::FutureExt as _;
 
 use super::*;
 use crate::socket::{self, Caller, NodeSocket};

@@ -1,6 +1,5 @@
 //! Connections that have left HTTP: bytes both ways, until both sides have ended, or one has and the other says nothing more.
 
-use futures_util::FutureExt as _;
 use std::{
     future::poll_fn,
     io,
@@ -11,6 +10,7 @@ use std::{
     time::Duration,
 };
 
+use futures_util::FutureExt as _;
 use hyper::upgrade::{OnUpgrade, Upgraded};
 use hyper_util::rt::TokioIo;
 use tokio::{

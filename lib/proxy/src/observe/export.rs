@@ -1,6 +1,5 @@
 //! Spans on their way to a collector: OTLP over HTTP/1.1 or gRPC, in batches, from a queue of bounded length.
 
-use futures_util::FutureExt as _;
 use std::{
     io,
     net::SocketAddr,
@@ -12,6 +11,7 @@ use std::{
 };
 
 use bytes::{BufMut as _, Bytes, BytesMut};
+use futures_util::FutureExt as _;
 use http::{HeaderValue, Method, Request, StatusCode, Uri, header};
 use http_body_util::{BodyExt as _, Limited};
 use prost::Message as _;

@@ -4,7 +4,6 @@
 //! quiet time counts anew. `Draining => Open` if a hook has asked and no SIGTERM follows: the container alone is
 //! restarted. `Draining => Drained` after the quiet time, for good.
 
-use futures_util::FutureExt as _;
 use std::{
     pin::pin,
     sync::{
@@ -14,6 +13,7 @@ use std::{
     time::Duration,
 };
 
+use futures_util::FutureExt as _;
 use tokio::{
     sync::Notify,
     time::{Instant, sleep, sleep_until},

@@ -1,8 +1,8 @@
 //! Tasks of an HTTP/2 connection's streams.
 
-use futures_util::FutureExt as _;
 use std::sync::Arc;
 
+use futures_util::FutureExt as _;
 use hyper::rt::Executor;
 
 use crate::progress::Progress;

@@ -1,6 +1,5 @@
 //! HTTP/2 connections to one endpoint: few, shared by all.
 
-use futures_util::FutureExt as _;
 use std::{
     io,
     sync::{
@@ -10,6 +9,7 @@ use std::{
     time::Duration,
 };
 
+use futures_util::FutureExt as _;
 use hyper::client::conn::http2;
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use tokio::{net::TcpStream, time::Instant};

@@ -1,6 +1,5 @@
 //! All endpoints' connections, shared by all threads.
 
-use futures_util::FutureExt as _;
 use std::{
     collections::HashMap,
     fmt, io,
@@ -12,6 +11,7 @@ use std::{
 };
 
 use bytes::Bytes;
+use futures_util::FutureExt as _;
 use http::{Request, Response, StatusCode, response};
 use hyper::body::{Body as _, Incoming};
 use tokio::{
