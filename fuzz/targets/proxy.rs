@@ -1,12 +1,19 @@
 //! Targets of `lib/proxy`: a client's bytes, heads, probes, stats.
 
-use std::{net::SocketAddr, sync::Arc, time::Duration};
+use std::{io, net::SocketAddr, sync::Arc, time::Duration};
 
 use http::{HeaderMap, HeaderName, HeaderValue, Request, Response, Uri, header};
 use http_body_util::BodyExt as _;
-use lifl_proxy::{Body, Handle, Limits, Peer, Protocol, Server, head, queue::Probe, stats::Stat};
+use lifl_proxy::{
+    Body, Dial, Endpoint, Handle, Limits, Peer, Pool, PoolLimits, Protocol, Server, head, queue::Probe, stats::Stat,
+    upstream::Sent,
+};
 use prost::Message as _;
-use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+use tokio::{
+    io::{AsyncReadExt as _, AsyncWriteExt as _},
+    net::{TcpListener, TcpStream},
+    time::timeout,
+};
 
 /// Client of every request.
 const CLIENT: &str = "192.0.2.7:1234";
@@ -50,6 +57,57 @@ pub(crate) fn connection(input: &[u8]) {
         let reading = async { from.read_to_end(&mut vec![]).await };
         let (_, _read) = tokio::join!(writing, reading);
         serving.await.expect("no panic");
+    });
+}
+
+/// An endpoint that answers everything with these bytes, and then has nothing more to say.
+#[derive(Clone)]
+struct Says(Arc<[u8]>, usize);
+
+impl Dial for Says {
+    async fn dial(&self, _: &Endpoint) -> io::Result<TcpStream> {
+        let listener = TcpListener::bind("127.0.0.1:0").await?;
+        let (ours, theirs) = tokio::try_join!(TcpStream::connect(listener.local_addr()?), listener.accept())?;
+        let (Self(says, piece), mut theirs) = (self.clone(), theirs.0);
+        tokio::spawn(async move {
+            let _head = theirs.read(&mut [0; 4096]).await;
+            for piece in says.chunks(piece) {
+                if theirs.write_all(piece).await.is_err() {
+                    return;
+                }
+                tokio::task::yield_now().await;
+            }
+            // An end with unread bytes before it would be a reset, which may overtake what was said.
+            let _ended = theirs.shutdown().await;
+            let _rest = theirs.read_to_end(&mut vec![]).await;
+        });
+        Ok(ours)
+    }
+}
+
+/// What an endpoint answers, in pieces: the first byte says how long they are. It must come to an end by itself, and have one
+/// meaning for whoever reads it after us.
+pub(crate) fn response(input: &[u8]) {
+    let Some((first, bytes)) = input.split_first() else { return };
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+    runtime.expect("a runtime").block_on(async {
+        let pool = Pool::new(Says(bytes.into(), usize::from(*first).max(1) * 3), PoolLimits::default());
+        let upstream = pool.upstream(Endpoint::plain(CLIENT.parse().expect("an address"), Protocol::H1));
+        let answer = async {
+            let Ok(Sent::Response(response)) = upstream.send(Request::new(Body::from("a request"))).await else {
+                return;
+            };
+            let (head, body) = response.into_parts();
+            let (length, encoding) = (head.headers.get(header::CONTENT_LENGTH), header::TRANSFER_ENCODING);
+            assert!(length.is_none() || !head.headers.contains_key(encoding), "framed in two ways");
+            let Ok(body) = body.collect().await.map(|body| body.to_bytes()) else { return };
+            let bodiless = [204, 304].contains(&head.status.as_u16());
+            if let Some(length) = length.filter(|_| !bodiless) {
+                let said = length.to_str().ok().and_then(|length| length.split(',').next()?.trim().parse().ok());
+                assert_eq!(said, Some(body.len()), "a body of another length than {length:?}");
+            }
+        };
+        timeout(Duration::from_secs(20), answer).await.expect("an end");
     });
 }
 

@@ -16,7 +16,7 @@ use crate::{
     endpoint::{Dial, Protocol},
     head::{self, Malformed, Peer},
     timeouts::{Clock, Expired},
-    upstream::{Body, Keep, SendError, Sent, Switch, Upstream},
+    upstream::{Body, Continue, Keep, SendError, Sent, Switch, Upstream},
 };
 
 mod tunnel;
@@ -188,12 +188,7 @@ pub fn within<F: Future>(
 /// Holds the body back until the endpoint has said `100 Continue`; reading it is what tells the client to go on.
 fn wait_for_continue(mut request: Request<Body>) -> Request<Body> {
     let told = Arc::new(Notify::new());
-    let tell = Arc::clone(&told);
-    hyper::ext::on_informational(&mut request, move |response| {
-        if response.status() == StatusCode::CONTINUE {
-            tell.notify_one();
-        }
-    });
+    request.extensions_mut().insert(Continue(Arc::clone(&told)));
     request.map(|body| {
         body.held(async move {
             // An endpoint that says nothing has the body anyway, as with every other client.

@@ -4,12 +4,15 @@ use std::{any::Any, net::SocketAddr, sync::Arc};
 
 use http::{
     HeaderMap, HeaderName, HeaderValue, Uri, Version,
-    header::{CONNECTION, FORWARDED, HOST, PROXY_AUTHENTICATE, PROXY_AUTHORIZATION, TE, TRANSFER_ENCODING, UPGRADE},
+    header::{
+        CONNECTION, CONTENT_LENGTH, FORWARDED, HOST, PROXY_AUTHENTICATE, PROXY_AUTHORIZATION, TE, TRAILER,
+        TRANSFER_ENCODING, UPGRADE,
+    },
     request, response,
     uri::{Authority, PathAndQuery, Scheme},
 };
 
-use crate::endpoint::Protocol;
+use crate::{endpoint::Protocol, timeouts::Spare};
 
 /// The host that the client asked for, while the activator's own stands in `Host`.
 pub const K_ORIGINAL_HOST: HeaderName = HeaderName::from_static("k-original-host");
@@ -50,6 +53,8 @@ pub struct Peer {
     pub addr: SocketAddr,
     /// The address as it goes into `X-Forwarded-For`; made once per connection.
     forwarded: HeaderValue,
+    /// For the clocks of its requests.
+    pub(crate) timer: Spare,
     /// What is held as long as its connection is, whatever becomes of that.
     holds: Option<Arc<dyn Any + Send + Sync>>,
 }
@@ -68,7 +73,7 @@ impl Peer {
         // IPv4 clients of an IPv6 listener are IPv4 clients.
         let ip = addr.ip().to_canonical();
         let forwarded = HeaderValue::try_from(ip.to_string()).unwrap_or(HeaderValue::from_static("unknown"));
-        Self { addr, forwarded, holds: None }
+        Self { addr, forwarded, timer: Spare::default(), holds: None }
     }
 
     /// The same, with what is held as long as the connection is: a tunnel that it becomes included.
@@ -221,7 +226,13 @@ pub(crate) fn is_hop_by_hop(name: &HeaderName) -> bool {
     HOP_BY_HOP.contains(name)
 }
 
-fn tokens(value: &[u8]) -> impl Iterator<Item = &[u8]> {
+/// What frames, routes or tells of trailers has no place in them: RFC 9110 6.5.1.
+pub(crate) fn may_be_trailer(name: &HeaderName) -> bool {
+    !is_hop_by_hop(name) && ![CONTENT_LENGTH, HOST, TRAILER].contains(name)
+}
+
+/// The elements of a list header.
+pub(crate) fn tokens(value: &[u8]) -> impl Iterator<Item = &[u8]> {
     value.split(|byte| *byte == b',').map(|token| token.trim_ascii()).filter(|token| !token.is_empty())
 }
 

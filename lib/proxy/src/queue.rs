@@ -184,7 +184,7 @@ impl<D: Dial> Queue<D> {
     }
 
     async fn user(&self, mut request: Request<Body>, peer: &Peer) -> Response<Body> {
-        let clock = self.timeouts.begin();
+        let clock = self.timeouts.begin(&peer.timer);
         // A probe that nobody here answers is still no request of a user's.
         let watch = self.watch.as_ref().filter(|_| !request.headers().contains_key(K_NETWORK_PROBE));
         let seen = watch.map(|watch| watch.begin(&mut request, peer));

@@ -168,7 +168,8 @@ impl Stats {
     /// Counts a request until it is dropped.
     #[must_use]
     pub fn come(&self, proxied: bool) -> Present {
-        lock(&self.window).come(proxied, Instant::now());
+        let now = Instant::now();
+        lock(&self.window).come(proxied, now);
         Present { window: Arc::clone(&self.window), proxied }
     }
 
@@ -211,7 +212,8 @@ impl Keep for Present {}
 
 impl Drop for Present {
     fn drop(&mut self) {
-        lock(&self.window).go(self.proxied, Instant::now());
+        let now = Instant::now();
+        lock(&self.window).go(self.proxied, now);
     }
 }
 

@@ -10,10 +10,13 @@
 //! tests upgrade at once and expect the *first frame* to be held to the start timeout. So a tunnel starts its clock's
 //! response with the first byte that comes from upstream.
 //!
-//! One timer per request carries all three: it is set to the nearest deadline and, when it rings, asks again.
+//! One timer per request carries all three: it is set to the nearest deadline and, when it rings, asks again. The requests of a
+//! connection lend it to each other: one that is set already costs neither memory nor the runtime's lock, and rings for nothing
+//! once per timeout.
 
 use std::{
     pin::Pin,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
     task::{Context, Poll},
     time::Duration,
 };
@@ -43,9 +46,15 @@ pub struct Deadlines {
 #[derive(Debug)]
 pub struct Clock {
     deadlines: Deadlines,
-    /// Made when something is first waited for; boxed, since a request and its body hand it on.
+    /// Taken when something is first waited for; boxed, since a request and its body hand it on.
     timer: Option<Pin<Box<Sleep>>>,
+    /// Where it is taken from, and goes back to.
+    spare: Spare,
 }
+
+/// The timer of a connection's requests, while none of them has it. Cloning shares it.
+#[derive(Clone, Debug, Default)]
+pub struct Spare(Arc<Mutex<Option<Pin<Box<Sleep>>>>>);
 
 // === impl Timeouts ===
 
@@ -56,10 +65,11 @@ impl Timeouts {
         self.start.is_zero() && self.idle.is_zero() && self.total.is_zero()
     }
 
-    /// The clock of a request that begins now; `None` if nothing is limited.
+    /// The clock of a request that begins now, on a connection with this timer; `None` if nothing is limited.
     #[must_use]
-    pub fn begin(&self) -> Option<Clock> {
-        (!self.none()).then(|| Clock { deadlines: Deadlines::new(*self, Instant::now()), timer: None })
+    pub fn begin(&self, spare: &Spare) -> Option<Clock> {
+        let deadlines = (!self.none()).then(|| Deadlines::new(*self, Instant::now()))?;
+        Some(Clock { deadlines, timer: None, spare: spare.clone() })
     }
 }
 
@@ -124,7 +134,8 @@ impl Clock {
     pub fn poll_expired(&mut self, cx: &mut Context<'_>) -> Poll<Expired> {
         loop {
             let Some(deadline) = self.deadlines.next() else { return Poll::Pending };
-            let timer = self.timer.get_or_insert_with(|| Box::pin(sleep_until(deadline)));
+            let new = || self.spare.lock().take().unwrap_or_else(|| Box::pin(sleep_until(deadline)));
+            let timer = self.timer.get_or_insert_with(new);
             // A timer that is set too early rings and is set again: cheaper than setting it at every byte.
             if timer.deadline() > deadline {
                 timer.as_mut().reset(deadline);
@@ -137,6 +148,22 @@ impl Clock {
             }
             timer.as_mut().reset(deadline);
         }
+    }
+}
+
+impl Drop for Clock {
+    fn drop(&mut self) {
+        if let Some(timer) = self.timer.take() {
+            self.spare.lock().get_or_insert(timer);
+        }
+    }
+}
+
+// === impl Spare ===
+
+impl Spare {
+    fn lock(&self) -> MutexGuard<'_, Option<Pin<Box<Sleep>>>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -178,7 +205,7 @@ mod tests {
     async fn bytes_put_the_clock_off_and_it_rings_in_the_end() {
         let begun = Instant::now();
         let limits = Timeouts { idle: seconds(2), ..Timeouts::default() };
-        let mut clock = limits.begin().expect("a limit");
+        let mut clock = limits.begin(&Spare::default()).expect("a limit");
         for _ in 0..5 {
             let tick = tokio::time::sleep(seconds(1));
             tokio::select! {
@@ -190,5 +217,20 @@ mod tests {
         assert_eq!(poll_fn(|cx| clock.poll_expired(cx)).await, Expired);
         assert_eq!(begun.elapsed().as_secs(), 7);
         assert_eq!(clock.wrote(), Err(Expired));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_timer_that_another_request_has_set_rings_in_time() {
+        let spare = Spare::default();
+        let begin = |total| Timeouts { total: seconds(total), ..Timeouts::default() }.begin(&spare).expect("a limit");
+        for (former, total) in [(9, 2), (1, 8), (3, 3), (4, 7)] {
+            let mut answered = begin(former);
+            assert!(poll_fn(|cx| Poll::Ready(answered.poll_expired(cx))).await.is_pending());
+            drop(answered);
+            assert!(spare.lock().is_some());
+            let (begun, mut clock) = (Instant::now(), begin(total));
+            poll_fn(|cx| clock.poll_expired(cx)).await;
+            assert_eq!(begun.elapsed(), seconds(total), "after one of {former} s");
+        }
     }
 }

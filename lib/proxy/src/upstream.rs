@@ -19,4 +19,6 @@ mod pool;
 mod shelf;
 
 pub use body::{Body, BodyError, Keep};
+pub use h1::Broken;
+pub(crate) use h1::Continue;
 pub use pool::{Pool, PoolLimits, SendError, Sent, Switch, Upstream};

@@ -27,6 +27,19 @@ fn connections() {
 }
 
 #[test]
+fn responses() {
+    let seeds: [&[u8]; 6] = [
+        b"\x40HTTP/1.1 200 OK\r\nContent-Length: 5\r\nX-A: b\r\n\r\nhello",
+        b"\x03HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n3;a=b\r\nabc\r\nA\r\n0123456789\r\n0\r\nX-T: 1\r\n\r\n",
+        b"\x10HTTP/1.1 100 Continue\r\n\r\nHTTP/1.0 200 Fine\r\nConnection: keep-alive\r\nContent-Length: 2, 2\r\n\r\nok",
+        b"\x02HTTP/1.1 200 OK\r\nConnection: close\r\n\r\nuntil the end",
+        b"\x20HTTP/1.1 304 Not Modified\r\nContent-Length: 7\r\n\r\nHTTP/1.1 200 OK\r\n\r\n",
+        b"\x08HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\r\n\x81\x02hi",
+    ];
+    run(&seeds, 6_000, targets::response);
+}
+
+#[test]
 fn heads() {
     let seeds: [&[u8]; 4] = [
         b"/a/b?c\nhost:h\nconnection:close, x-gone, te\nx-gone:1\nte:trailers\ntransfer-encoding:chunked",

@@ -155,10 +155,9 @@ impl Passed {
 }
 
 async fn tunnel(client: OnUpgrade, endpoint: Switch, clock: Option<Clock>) -> io::Result<()> {
-    // The client's side opens when the head of the 101 has been written, so both are waited for at once.
-    let both = async { tokio::join!(client, endpoint.open()) };
-    let (client, (endpoint, first)) = timeout(OPENING, both).await.map_err(|_late| io::ErrorKind::TimedOut)?;
-    let client = client.map_err(io::Error::other)?;
+    let (endpoint, first) = endpoint.open();
+    // Opens when the head of the 101 has been written.
+    let client = timeout(OPENING, client).await.map_err(|_late| io::ErrorKind::TimedOut)?.map_err(io::Error::other)?;
     let clock = clock.map(Mutex::new);
     tokio::select! {
         ended = pass(client, endpoint, &first, clock.as_ref()) => ended,

@@ -4,15 +4,16 @@ use std::{
     fmt,
     future::Future,
     pin::Pin,
-    task::{Context, Poll, Waker},
+    task::{Context, Poll},
 };
 
 use bytes::Bytes;
 use http::StatusCode;
 use http_body_util::combinators::UnsyncBoxBody;
 use hyper::body::{Body as HttpBody, Frame, Incoming, SizeHint};
+use tokio::sync::mpsc;
 
-use super::h1::Lease;
+use super::h1::{Broken, Lease};
 use crate::{
     progress::Turn,
     timeouts::{Clock, Expired},
@@ -34,6 +35,9 @@ pub enum BodyError {
     /// The connection it came on, or its framing.
     #[error(transparent)]
     Http(#[from] hyper::Error),
+    /// The same, of an HTTP/1.1 connection to an endpoint.
+    #[error(transparent)]
+    Endpoint(#[from] Broken),
     /// Time is up.
     #[error(transparent)]
     Expired(#[from] Expired),
@@ -47,13 +51,21 @@ enum Kind {
     #[default]
     Empty,
     Bytes(Bytes),
-    /// Driven by somebody else: a server's connection, or a connection with a task.
+    /// Driven by somebody else: a server's connection, or an HTTP/2 connection.
     Incoming(Incoming),
     /// Of an HTTP/1.1 connection that this body drives.
-    Leased(Incoming, Lease),
+    Leased(Lease),
+    /// Of an HTTP/1.1 connection that a task drives.
+    Piped(Piped),
     /// Held back until the endpoint has said `100 Continue`, or has kept silent for too long.
     Held(Incoming, Pin<Box<dyn Future<Output = ()> + Send>>),
     Boxed(UnsyncBoxBody<Bytes, BodyError>),
+}
+
+/// The other end of a body, and how long it is, if that is known.
+pub(super) struct Piped {
+    pub(super) frames: mpsc::Receiver<Result<Frame<Bytes>, Broken>>,
+    pub(super) length: Option<u64>,
 }
 
 /// What lives as long as a response is under way, and is told of it. Dropping it is the end.
@@ -107,12 +119,17 @@ impl Body {
     }
 
     /// The body of a response on a connection that it drives.
-    pub(super) fn leased(incoming: Incoming, lease: Lease) -> Self {
-        if HttpBody::is_end_stream(&incoming) {
+    pub(super) fn leased(lease: Lease) -> Self {
+        if lease.is_end() {
             lease.give_back();
             return Self::empty();
         }
-        Self { kind: Kind::Leased(incoming, lease), along: None, during: None }
+        Self { kind: Kind::Leased(lease), along: None, during: None }
+    }
+
+    /// The body of a response on a connection that a task drives.
+    pub(super) const fn piped(piped: Piped) -> Self {
+        Self { kind: Kind::Piped(piped), along: None, during: None }
     }
 
     /// This body, held back until `go`. Only a client's body waits; the others are returned as they are.
@@ -134,7 +151,7 @@ impl Body {
 
     /// The end of the body: connection given back, places free.
     fn end(&mut self) {
-        if let Kind::Leased(_, lease) = std::mem::take(&mut self.kind) {
+        if let Kind::Leased(lease) = std::mem::take(&mut self.kind) {
             lease.give_back();
         }
         if let Some(mut along) = self.along.take() {
@@ -206,7 +223,9 @@ impl HttpBody for Body {
         match &self.kind {
             Kind::Empty => SizeHint::with_exact(0),
             Kind::Bytes(bytes) => SizeHint::with_exact(bytes.len() as u64),
-            Kind::Incoming(body) | Kind::Leased(body, _) | Kind::Held(body, _) => body.size_hint(),
+            Kind::Incoming(body) | Kind::Held(body, _) => body.size_hint(),
+            Kind::Leased(lease) => lease.left().map_or_else(SizeHint::default, SizeHint::with_exact),
+            Kind::Piped(piped) => piped.length.map_or_else(SizeHint::default, SizeHint::with_exact),
             Kind::Boxed(body) => body.size_hint(),
         }
     }
@@ -218,7 +237,8 @@ impl fmt::Debug for Body {
             Kind::Empty => "empty",
             Kind::Bytes(_) => "bytes",
             Kind::Incoming(_) => "incoming",
-            Kind::Leased(..) => "leased",
+            Kind::Leased(_) => "leased",
+            Kind::Piped(_) => "piped",
             Kind::Held(..) => "held",
             Kind::Boxed(_) => "boxed",
         };
@@ -321,7 +341,9 @@ impl Kind {
         match self {
             Self::Empty => true,
             Self::Bytes(bytes) => bytes.is_empty(),
-            Self::Incoming(body) | Self::Leased(body, _) | Self::Held(body, _) => HttpBody::is_end_stream(body),
+            Self::Incoming(body) | Self::Held(body, _) => HttpBody::is_end_stream(body),
+            Self::Leased(lease) => lease.is_end(),
+            Self::Piped(piped) => piped.length == Some(0),
             Self::Boxed(body) => body.is_end_stream(),
         }
     }
@@ -330,31 +352,22 @@ impl Kind {
         match self {
             Self::Empty => Poll::Ready(None),
             Self::Bytes(bytes) => Poll::Ready(Some(Ok(Frame::data(std::mem::take(bytes))))),
-            Self::Incoming(body) => frame(body, cx),
+            Self::Incoming(body) => Pin::new(body).poll_frame(cx).map_err(BodyError::Http),
             Self::Held(_, go) => {
                 std::task::ready!(go.as_mut().poll(cx));
                 let Self::Held(body, _) = std::mem::take(self) else { return Poll::Ready(None) };
                 *self = Self::Incoming(body);
                 self.poll(cx)
             }
-            Self::Leased(body, lease) => {
-                // What the body waits for comes by polling the connection, here: it needs no wake-up of its own, and
-                // one would only have the whole task polled again.
-                let mut quiet = Context::from_waker(Waker::noop());
-                if let Poll::Ready(frame) = frame(body, &mut quiet) {
-                    return Poll::Ready(frame);
+            Self::Leased(lease) => lease.poll_frame(cx).map_err(BodyError::Endpoint),
+            Self::Piped(piped) => {
+                let frame = std::task::ready!(piped.frames.poll_recv(cx));
+                if let (Some(left), Some(Ok(frame))) = (&mut piped.length, &frame) {
+                    *left = left.saturating_sub(frame.data_ref().map_or(0, Bytes::len) as u64);
                 }
-                let closed = lease.poll(cx).is_ready();
-                match frame(body, &mut quiet) {
-                    Poll::Pending if closed => frame(body, cx),
-                    polled => polled,
-                }
+                Poll::Ready(frame.map(|frame| frame.map_err(BodyError::Endpoint)))
             }
             Self::Boxed(body) => Pin::new(body).poll_frame(cx),
         }
     }
-}
-
-fn frame(body: &mut Incoming, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, BodyError>>> {
-    Pin::new(body).poll_frame(cx).map_err(BodyError::Http)
 }

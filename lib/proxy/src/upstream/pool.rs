@@ -2,7 +2,9 @@
 
 use std::{
     collections::HashMap,
-    fmt, io,
+    fmt,
+    future::poll_fn,
+    io,
     sync::{
         Arc, Mutex, MutexGuard, PoisonError, Weak,
         atomic::{AtomicBool, AtomicUsize, Ordering},
@@ -13,16 +15,17 @@ use std::{
 use bytes::Bytes;
 use futures_util::FutureExt as _;
 use http::{Request, Response, StatusCode, response};
-use hyper::body::{Body as _, Incoming};
+use hyper::body::Frame;
 use tokio::{
     net::TcpStream,
+    sync::mpsc,
     task::AbortHandle,
     time::{Instant, sleep, timeout},
 };
 
 use super::{
-    body::{Body, Keep},
-    h1::{Alive, Lease},
+    body::{Body, Keep, Piped},
+    h1::{Alive, Answer, Broken, Lease},
     h2,
     shelf::Shelf,
 };
@@ -84,9 +87,12 @@ pub enum SendError {
         /// What the kernel says.
         source: io::Error,
     },
-    /// The connection broke, or what came on it is not HTTP.
+    /// The HTTP/2 connection broke, or what came on it is not HTTP.
     #[error(transparent)]
     Http(#[from] hyper::Error),
+    /// The same of an HTTP/1.1 connection.
+    #[error(transparent)]
+    Endpoint(#[from] Broken),
 }
 
 struct Shared<D> {
@@ -103,9 +109,6 @@ struct Host {
     shelf: Arc<Shelf>,
     h2: h2::Shared,
 }
-
-/// Says when it is dropped, which a request's body is when it has been sent.
-struct Gone(Arc<AtomicBool>);
 
 /// Ends a task with the body that it feeds.
 struct Ends(AbortHandle);
@@ -203,14 +206,6 @@ impl<D: Dial> Upstream<D> {
     }
 
     async fn send_h1(&self, mut request: Request<Body>) -> Result<Sent, SendError> {
-        let sending = if request.body().is_end_stream() {
-            None
-        } else {
-            let gone = Arc::new(AtomicBool::new(false));
-            let guard = Gone(Arc::clone(&gone));
-            request = request.map(|body| body.with(None, guard));
-            Some(gone)
-        };
         let mut fresh = 0;
         loop {
             let mut lease = match self.host.shelf.take(Instant::now()) {
@@ -220,13 +215,12 @@ impl<D: Dial> Upstream<D> {
                     Box::pin(self.pool.connect(&self.host)).await?
                 }
             };
-            let mut error = match lease.send(request).await {
-                Ok(response) => return Ok(answered(response, lease, sending.as_deref())),
-                Err(error) => error,
-            };
-            match error.take_message() {
-                Some(unsent) if fresh < FRESH_TRIES => request = unsent,
-                _ => return Err(error.into_error().into()),
+            match lease.send(request).await {
+                Ok(answer) => return Ok(answered(answer, lease)),
+                Err(unanswered) => match unanswered.unsent {
+                    Some(unsent) if fresh < FRESH_TRIES => request = *unsent,
+                    _ => return Err(unanswered.broken.into()),
+                },
             }
         }
     }
@@ -252,17 +246,48 @@ impl<D: Dial> Upstream<D> {
 }
 
 /// Decides who drives the connection from here on.
-fn answered(response: Response<Incoming>, lease: Lease, sending: Option<&AtomicBool>) -> Sent {
+fn answered(Answer { response, whole }: Answer, lease: Lease) -> Sent {
     if response.status() == StatusCode::SWITCHING_PROTOCOLS {
-        let (parts, _) = response.into_parts();
-        return Sent::Switch(parts, Switch(lease));
+        return Sent::Switch(response.into_parts().0, Switch(lease));
     }
-    if sending.is_some_and(|gone| !gone.load(Ordering::Acquire)) {
-        // The response has overtaken its request: both must go on whoever reads or does not read.
-        let ends = Ends(tokio::spawn(lease.run().boxed()).abort_handle());
-        return Sent::Response(response.map(|body| Body::from(body).with(None, ends)));
+    let body = match whole {
+        _ if lease.is_sending() => {
+            // The response has overtaken its request: both must go on whoever reads or does not read.
+            let (to, frames) = mpsc::channel(1);
+            let length = whole.as_ref().map(|whole| whole.len() as u64).or_else(|| lease.left());
+            let ends = Ends(tokio::spawn(pipe(lease, whole, to).boxed()).abort_handle());
+            Body::piped(Piped { frames, length }).with(None, ends)
+        }
+        Some(whole) => {
+            lease.give_back();
+            Body::from(whole)
+        }
+        None => Body::leased(lease),
+    };
+    Sent::Response(response.map(|()| body))
+}
+
+/// Drives both directions of a connection until the response is over: who reads it has no use for the rest of the request.
+async fn pipe(mut lease: Lease, whole: Option<Bytes>, to: mpsc::Sender<Result<Frame<Bytes>, Broken>>) {
+    let mut first = whole.map(|whole| Ok(Frame::data(whole)));
+    loop {
+        let room = tokio::select! {
+            biased;
+            room = to.reserve() => room,
+            never = async { lease.sent().await; std::future::pending().await } => never,
+        };
+        let Ok(room) = room else { return };
+        match first.take() {
+            Some(frame) => room.send(frame),
+            None => match poll_fn(|cx| lease.poll_frame(cx)).await {
+                Some(frame) => room.send(frame),
+                None => break,
+            },
+        }
     }
-    Sent::Response(response.map(|body| Body::leased(body, lease)))
+    if !lease.is_sending() {
+        lease.give_back();
+    }
 }
 
 impl<D> Clone for Upstream<D> {
@@ -281,8 +306,9 @@ impl<D> fmt::Debug for Upstream<D> {
 
 impl Switch {
     /// The bare stream, and what has been read of it beyond the head.
-    pub async fn open(self) -> (TcpStream, Bytes) {
-        self.0.leave_http().await
+    #[must_use]
+    pub fn open(self) -> (TcpStream, Bytes) {
+        self.0.leave_http()
     }
 }
 
@@ -291,7 +317,7 @@ impl Switch {
 impl<D: Dial> Shared<D> {
     async fn connect(self: &Arc<Self>, host: &Host) -> Result<Lease, SendError> {
         let (stream, alive) = self.dial(host).await?;
-        Ok(Lease::handshake(stream, self.limits.header_bytes as usize, Arc::downgrade(&host.shelf), alive).await?)
+        Ok(Lease::new(stream, self.limits.header_bytes as usize, Arc::downgrade(&host.shelf), alive))
     }
 
     async fn stream(self: &Arc<Self>, host: &Host) -> Result<h2::Stream, SendError> {
@@ -361,16 +387,6 @@ impl<D: Dial> Shared<D> {
 impl<D> Shared<D> {
     fn hosts(&self) -> MutexGuard<'_, HashMap<Endpoint, Weak<Host>>> {
         self.hosts.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-}
-
-// === impl Gone ===
-
-impl Keep for Gone {}
-
-impl Drop for Gone {
-    fn drop(&mut self) {
-        self.0.store(true, Ordering::Release);
     }
 }
 

@@ -54,7 +54,7 @@ impl Shelf {
             loop {
                 // The guard is gone before the connection is polled.
                 let taken = self.row((own + row) % ROWS).pop();
-                let Some(mut lease) = taken else { break };
+                let Some(lease) = taken else { break };
                 self.idle.fetch_sub(1, Ordering::Relaxed);
                 if now.saturating_duration_since(lease.idle_since()) < self.age && lease.usable(now) {
                     return Some(lease);
@@ -81,7 +81,7 @@ impl Shelf {
         for row in 0..ROWS {
             let mut held = std::mem::take(&mut *self.row(row));
             let before = held.len();
-            held.retain_mut(|lease| now.saturating_duration_since(lease.idle_since()) < self.age && lease.open());
+            held.retain(|lease| now.saturating_duration_since(lease.idle_since()) < self.age && lease.open());
             self.idle.fetch_sub(before - held.len(), Ordering::Relaxed);
             // Older ones below those that came back meanwhile.
             let mut row = self.row(row);
