@@ -14,15 +14,18 @@
 //! connections wait in the listener's queue.
 //!
 //! Beside that the kernel counts the pods' connections (`counted.rs`), and a namespace that vanishes without its pod is missed at
-//! once (`mounts.rs`).
+//! once, for its mount's name leaves the folder (`LEAVES`).
+
+use rustix::fs::inotify::WatchFlags;
 
 mod counted;
 mod edge;
-mod mounts;
 mod namespace;
 mod plan;
 
 pub use counted::{Counted, Shown};
 pub use edge::{Pods, Report, Telling};
-pub(crate) use mounts::Mounts;
-pub use plan::{Action, SAID_AFTER, Standing, decide, next_try, pause};
+pub use plan::{Action, SAID_AFTER, Standing, decide, pause};
+
+/// What the folder of mounts is watched for. Who takes a namespace away unmounts it first, then removes the file on which it was.
+pub(crate) const LEAVES: WatchFlags = WatchFlags::DELETE.union(WatchFlags::MOVED_FROM).union(WatchFlags::ONLYDIR);

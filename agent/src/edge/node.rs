@@ -13,12 +13,13 @@ use lifl_api::{
     pod::{NodePod, PodWord},
 };
 use lifl_cluster::{Crier, Notice, Notices, Selection, Store, connect};
+use lifl_daemon::FolderWatch;
 use tokio::{sync::mpsc, task::JoinHandle};
 
 use super::{Agent, AgentError, Event, notices, tell};
 use crate::{
     config::Node,
-    pods::{Mounts, Report},
+    pods::{LEAVES, Report, Telling},
 };
 
 /// A failed connection to the API server is tried again after this.
@@ -86,8 +87,8 @@ fn say(notices: &Notices, notice: Notice) {
 }
 
 /// Tells the loop when network namespaces are gone, as long as their folder is there.
-async fn watch_mounts(mounts: Mounts, events: mpsc::UnboundedSender<Event>) {
-    while mounts.removed().await.is_ok() {
+async fn watch_mounts(mounts: FolderWatch, events: mpsc::UnboundedSender<Event>) {
+    while mounts.changed().await.is_ok() {
         if events.send(Event::Unmounted).is_err() {
             return;
         }
@@ -108,7 +109,7 @@ impl Agent {
     pub(super) async fn serve_pods(&mut self, pods: Vec<(NodePod, String)>) -> Result<(), AgentError> {
         // The folder is made with the first pod.
         if self.mounts.as_ref().is_none_or(JoinHandle::is_finished) {
-            let mounts = Mounts::watch(&self.config.netns).ok();
+            let mounts = FolderWatch::new(&self.config.netns, LEAVES).ok();
             self.mounts = mounts.map(|mounts| tokio::spawn(watch_mounts(mounts, self.events.clone()).boxed()));
         }
         let reports = self.pods.wish(pods, Instant::now()).await?;
@@ -127,22 +128,22 @@ impl Agent {
             match report {
                 Report::Tell(telling) => {
                     tell(self.gateway.as_ref(), &FromAgent::Pod(telling.word.clone()), &telling.fds()).await;
-                    self.tell_superseded(telling.word).await;
+                    // What becomes of a pod is also for the gateway that answers what it still has of it: its sockets keep the pod's
+                    // network namespace alive.
+                    if matches!(telling.word, PodWord::Gone { .. } | PodWord::Changed { .. }) {
+                        self.tell_superseded(&telling).await;
+                    }
                 }
                 Report::Cannot { pod, reason } => say(&self.notices, notices::not_served(&pod, &reason)),
             }
         }
     }
 
-    /// What becomes of a pod is also for the gateway that answers what it still has of it: its sockets keep the pod's network
-    /// namespace alive.
-    async fn tell_superseded(&mut self, word: PodWord) {
-        if !matches!(word, PodWord::Gone { .. } | PodWord::Changed { .. }) {
-            return;
-        }
+    /// Tells the gateway that is superseded; one that does not take a word is told nothing more.
+    pub(super) async fn tell_superseded(&mut self, telling: &Telling) {
         let Some((_, channel)) = &self.superseded else { return };
-        let word = FromAgent::Pod(word);
-        let told = tell(Some(channel), &word, &[]);
+        let (word, fds) = (FromAgent::Pod(telling.word.clone()), telling.fds());
+        let told = tell(Some(channel), &word, &fds);
         if tokio::time::timeout(SUPERSEDED_TAKES, told).await.is_err() {
             tracing::warn!("the gateway that is superseded takes no words");
             self.superseded = None;

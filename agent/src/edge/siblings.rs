@@ -139,11 +139,10 @@ impl Agent {
 
     async fn answer_gateway(&mut self, epoch: u64, ask: PodAsk) {
         let answer = self.pods.answer(ask).await;
-        let to = match &self.superseded {
-            _ if epoch == self.gateway_epoch => self.gateway.as_ref(),
-            Some((superseded, channel)) if *superseded == epoch => Some(channel),
-            _ => None,
-        };
-        tell(to, &FromAgent::Pod(answer.word.clone()), &answer.fds()).await;
+        if epoch == self.gateway_epoch {
+            tell(self.gateway.as_ref(), &FromAgent::Pod(answer.word.clone()), &answer.fds()).await;
+        } else if self.superseded.as_ref().is_some_and(|(superseded, _)| *superseded == epoch) {
+            self.tell_superseded(&answer).await;
+        }
     }
 }

@@ -20,7 +20,7 @@ use serde::{Deserialize, Serialize};
 use super::{
     counted::Counted,
     namespace::{self, Namespace, Opened},
-    plan::{Action, SAID_AFTER, Standing, decide, next_try, pause},
+    plan::{Action, SAID_AFTER, Standing, decide, pause},
 };
 
 /// The pods of this node.
@@ -202,7 +202,11 @@ impl Pods {
     /// When [`Pods::step`] has something to do.
     #[must_use]
     pub fn next_try(&self) -> Option<Instant> {
-        self.not_before.or_else(|| next_try(&self.standings()))
+        let again = |entry: &Entry| match entry {
+            Entry::Cannot { again, .. } => Some(*again),
+            Entry::Open(_) | Entry::Left { .. } => None,
+        };
+        self.not_before.or_else(|| self.known.values().filter_map(again).min())
     }
 
     /// Opens nothing before `then`, or before [`Pods::take_held`]: what a gateway holds must not be opened beside it.

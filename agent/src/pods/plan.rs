@@ -149,16 +149,6 @@ fn same_sockets(a: &NodePod, b: &NodePod) -> bool {
     a.address == b.address && a.settings.ports() == b.settings.ports()
 }
 
-/// When [`decide`] has something to do though nothing has changed.
-#[must_use]
-pub fn next_try(known: &BTreeMap<String, Standing>) -> Option<Instant> {
-    let again = known.values().filter_map(|standing| match standing {
-        Standing::Cannot { again, .. } => Some(*again),
-        Standing::Open { .. } | Standing::Left { .. } => None,
-    });
-    again.min()
-}
-
 /// Pause after so many failed attempts.
 #[must_use]
 pub fn pause(tries: u32) -> Duration {
@@ -200,7 +190,6 @@ mod tests {
         let (a, b) = (pod("a", 1), pod("b", 2));
         let known = BTreeMap::from([open(&a), open(&b)]);
         assert_eq!(decide(&[a, b], &known, Instant::now()), []);
-        assert_eq!(next_try(&known), None);
     }
 
     #[test]
@@ -247,7 +236,6 @@ mod tests {
             assert_eq!(decide(one(&moved), &gone(renewed), now), [close("a"), open(&moved)]);
             assert_eq!(decide(one(&moved), &left(renewed), now), [open(&moved)]);
             assert_eq!(decide(&[], &left(renewed), now), [close("a")]);
-            assert_eq!(next_try(&left(renewed)), None);
         }
         assert_eq!(decide(one(&a), &gone(false), now), [leave(&a)]);
         assert_eq!(decide(one(&a), &left(false), now), []);
@@ -260,7 +248,6 @@ mod tests {
         let (a, now) = (pod("a", 1), Instant::now());
         let again = now + Duration::from_millis(200);
         let known = BTreeMap::from([("a".to_owned(), Standing::Cannot { pod: a.clone(), tries: 3, again })]);
-        assert_eq!(next_try(&known), Some(again));
         assert_eq!(decide(std::slice::from_ref(&a), &known, now), []);
         assert_eq!(decide(std::slice::from_ref(&a), &known, again), [Action::Open { pod: a.clone(), tries: 3 }]);
         let mut other = a;
