@@ -41,7 +41,7 @@ mod translate;
 pub use backend::{BackendName, Port};
 pub use feed::{FileFault, follow, read, watch_folder};
 pub use rules::{Listener, Name};
-pub use serve::{Gate, Nearby, Nobody, serve};
+pub use serve::{Gate, Nearby, serve};
 pub use snapshot::{Gateways, Snapshot};
 pub use status::{Entrances, Probed, judge, status};
 pub use table::{Ingress, Outcome, Report, Settings};

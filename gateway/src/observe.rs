@@ -10,8 +10,8 @@ use lifl_api::pod::{NodePod, PodSettings};
 use lifl_proxy::{
     Dial, Direct, Pool, PoolLimits,
     observe::{
-        Collector as Address, CollectorError, Exporter, Facts, Lines, Resource, SpanCounts, Template, Tracer,
-        WeakExporter, Wire,
+        CollectorAddress, CollectorError, Exporter, Facts, Lines, Resource, SpanCounts, Template, Tracer, WeakExporter,
+        Wire,
     },
     queue::{self, RequestLog, resource},
 };
@@ -89,7 +89,7 @@ impl Observers {
         let mut observers = Self { lines, access_log, traces: None, exporters: Arc::default(), spans };
         if let Some(address) = config.and_then(|config| config.otlp.as_deref()) {
             let pool = Pool::new(Direct, PoolLimits::default());
-            let exporter = observers.export(&pool, 0, Address::parse(address, Wire::Http)?);
+            let exporter = observers.export(&pool, 0, CollectorAddress::parse(address, Wire::Http)?);
             observers.traces = Some(Tracer::new(exporter, of_node(node), sample));
         }
         Ok(observers)
@@ -138,7 +138,7 @@ impl Observers {
         }
     }
 
-    fn export<D: Dial>(&self, pool: &Pool<D>, place: u64, address: Address) -> Exporter {
+    fn export<D: Dial>(&self, pool: &Pool<D>, place: u64, address: CollectorAddress) -> Exporter {
         let exporter = Exporter::start(pool, place, address, &self.spans);
         let mut exporters = self.exporters();
         exporters.retain(|known| known.upgrade().is_some());
@@ -161,7 +161,7 @@ impl Observers {
                 return None;
             }
         };
-        match Address::parse(&tracing.endpoint, wire) {
+        match CollectorAddress::parse(&tracing.endpoint, wire) {
             Ok(address) => {
                 let exporter = self.export(pool, place, address);
                 Some(Tracer::new(exporter, resource(facts), tracing.sampling_rate))

@@ -1,20 +1,16 @@
 //! TLS towards clients: certificates that are replaced while connections are made, and the listeners that use them.
 
 use std::{
-    borrow::Borrow,
     collections::HashMap,
     io,
     pin::Pin,
     sync::Arc,
     task::{Context, Poll, ready},
-    time::Duration,
 };
 
 use arc_swap::{ArcSwap, ArcSwapOption};
-use futures_util::FutureExt as _;
 use k8s_openapi::api::core::v1::Secret;
 use lifl_api::pod::TlsSettings;
-use lifl_proxy::{Handle, Limits, Peer, Server};
 use rustls::{
     ServerConfig, SupportedProtocolVersion,
     crypto::{CryptoProvider, ring},
@@ -25,18 +21,13 @@ use rustls::{
 };
 use tokio::{
     io::{AsyncRead, AsyncWrite, ReadBuf},
-    net::{TcpListener, TcpStream},
-    sync::{OwnedSemaphorePermit, Semaphore},
-    time::sleep,
+    net::TcpStream,
 };
 use tokio_rustls::{Accept, TlsAcceptor, server::TlsStream};
 
 /// Keys of a secret of type `kubernetes.io/tls`.
 const CHAIN: &str = "tls.crt";
 const KEY: &str = "tls.key";
-
-/// A listener out of descriptors is asked again after this.
-const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
 /// A secret that is no certificate, or settings that leave no TLS to speak.
 #[derive(Debug, thiserror::Error)]
@@ -63,7 +54,7 @@ pub(crate) struct Certificate(ArcSwapOption<CertifiedKey>);
 
 /// A connection that shakes hands when it is read for the first time: so the handshake is a part of what the server serves, it has
 /// no more time than a first head, and the server's end neither forgets it nor waits for it longer than for others.
-enum Secured {
+pub(crate) enum Secured {
     Shaking(Accept<TcpStream>),
     Open(TlsStream<TcpStream>),
     /// No hands were shaken.
@@ -147,54 +138,10 @@ fn provider() -> CryptoProvider {
     ring::default_provider()
 }
 
-/// Accepts connections until `end`, and serves each in a task of its own.
-pub(crate) async fn listen<H: Handle>(
-    server: Server<H>,
-    listener: impl Borrow<TcpListener>,
-    config: Arc<ServerConfig>,
-    limits: Limits,
-    end: impl Future<Output = ()>,
-) {
+/// Has connections of a listener shake hands.
+pub(crate) fn secured(config: Arc<ServerConfig>) -> impl Fn(TcpStream) -> Secured + Send + 'static {
     let acceptor = TlsAcceptor::from(config);
-    let places = Arc::new(Semaphore::new(limits.connections.min(Semaphore::MAX_PERMITS)));
-    let mut end = std::pin::pin!(end);
-    loop {
-        let accepted = tokio::select! {
-            () = &mut end => return,
-            accepted = accept(listener.borrow(), &places) => accepted,
-        };
-        let (stream, peer, place) = match accepted {
-            Ok(Some(accepted)) => accepted,
-            Ok(None) => continue,
-            Err(_shut_down) => return,
-        };
-        let (server, stream) = (server.clone(), Secured::Shaking(acceptor.accept(stream)));
-        tokio::spawn(async move { server.connection(stream, peer.holding(place)).await }.boxed());
-    }
-}
-
-/// `Ok(None)`: not this time. An error: whoever shares the socket has shut it down.
-async fn accept(
-    listener: &TcpListener,
-    places: &Arc<Semaphore>,
-) -> io::Result<Option<(TcpStream, Peer, OwnedSemaphorePermit)>> {
-    let Ok(place) = Arc::clone(places).acquire_owned().await else { return Ok(None) };
-    let accepted = listener.accept().await.and_then(|(stream, address)| {
-        stream.set_nodelay(true)?;
-        Ok((stream, Peer::new(address)))
-    });
-    match accepted {
-        Ok((stream, peer)) => Ok(Some((stream, peer, place))),
-        Err(error) => {
-            let listening = rustix::net::sockopt::socket_acceptconn(listener).unwrap_or(false);
-            if error.kind() == io::ErrorKind::InvalidInput && !listening {
-                return Err(error);
-            }
-            tracing::warn!(%error, "connection is not accepted");
-            sleep(ACCEPT_PAUSE).await;
-            Ok(None)
-        }
-    }
+    move |stream| Secured::Shaking(acceptor.accept(stream))
 }
 
 // === impl Secured ===
@@ -292,9 +239,13 @@ impl ResolvesServerCert for Certificate {
 
 #[cfg(test)]
 mod tests {
-    use lifl_proxy::{Body, reply};
+    use std::{net::SocketAddr, time::Duration};
+
+    use lifl_proxy::{Body, Handle, Limits, Peer, Server, reply};
     use tokio::{
         io::{AsyncReadExt as _, AsyncWriteExt as _},
+        net::TcpListener,
+        task::JoinHandle,
         time::timeout,
     };
 
@@ -340,9 +291,15 @@ mod tests {
         }
     }
 
-    /// The process ends when all connections are gone: one that shakes hands is one of them.
-    #[tokio::test]
-    async fn who_shakes_hands_is_not_forgotten_when_the_server_closes() {
+    struct Listening {
+        server: Server<Hello>,
+        /// Over TLS.
+        at: SocketAddr,
+        task: JoinHandle<()>,
+        trusted: CertificateDer<'static>,
+    }
+
+    async fn listen(limits: Limits) -> Listening {
         let made = rcgen::generate_simple_self_signed(["h.example.com".to_owned()]).unwrap();
         let key = PrivateKeyDer::try_from(made.signing_key.serialize_der()).unwrap();
         let certificate = Certificate::default();
@@ -350,18 +307,30 @@ mod tests {
         certificate.set(Arc::new(CertifiedKey::from_der(vec![trusted.clone()], key, &provider()).unwrap()));
         let config = super::server(Arc::new(certificate)).unwrap();
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-        let at = listener.local_addr().unwrap();
-        let server = Server::new(Arc::new(Hello), Limits::default());
-        let listening = listen(server.clone(), listener, config, Limits::default(), std::future::pending());
-        let listening = tokio::spawn(listening);
-        let mut stream = TcpStream::connect(at).await.unwrap();
+        let (at, server) = (listener.local_addr().unwrap(), Server::new(Arc::new(Hello), limits));
+        let own = server.clone();
+        let task = tokio::spawn(async move { own.listen_with(&listener, secured(config)).await });
+        Listening { server, at, task, trusted }
+    }
+
+    /// Waits until so many connections and listeners are open.
+    async fn open(server: &Server<Hello>, count: usize) {
         let known = async {
-            while server.open() == 0 {
+            while server.open() != count {
                 tokio::task::yield_now().await;
             }
         };
-        timeout(PATIENCE, known).await.expect("a connection that shakes hands is not counted");
+        timeout(PATIENCE, known).await.expect("what is open is not counted");
+    }
+
+    /// The process ends when all connections are gone: one that shakes hands is one of them.
+    #[tokio::test]
+    async fn who_shakes_hands_is_not_forgotten_when_the_server_closes() {
+        let Listening { server, at, task, trusted } = listen(Limits::default()).await;
+        let mut stream = TcpStream::connect(at).await.unwrap();
+        open(&server, 2).await;
         server.close();
+        timeout(PATIENCE, task).await.expect("it listens on").unwrap();
         let waiting = timeout(Duration::from_millis(50), server.closed()).await;
         assert!(waiting.is_err(), "the end of the server did not wait for the handshake");
 
@@ -379,7 +348,27 @@ mod tests {
         let head = answer.to_ascii_lowercase();
         assert!(head.starts_with("http/1.1 200") && head.contains("connection: close"), "{answer}");
         timeout(PATIENCE, server.closed()).await.unwrap();
-        listening.abort();
+    }
+
+    #[tokio::test]
+    async fn connections_over_tls_and_without_it_share_one_limit() {
+        let Listening { server, at, task, .. } = listen(Limits { connections: 1, ..Limits::default() }).await;
+        let shaking = TcpStream::connect(at).await.unwrap();
+        open(&server, 2).await;
+        let plain = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let mut stream = TcpStream::connect(plain.local_addr().unwrap()).await.unwrap();
+        let own = server.clone();
+        let plain = tokio::spawn(async move { own.listen(&plain).await });
+        stream.write_all(b"GET / HTTP/1.0\r\n\r\n").await.unwrap();
+        let mut answer = String::new();
+        let early = timeout(Duration::from_millis(50), stream.read_to_string(&mut answer)).await;
+        assert!(early.is_err(), "a second connection where one is the limit: {answer}");
+        // The listener over TLS waits, too, and has waited longer.
+        task.abort();
+        drop(shaking);
+        timeout(PATIENCE, stream.read_to_string(&mut answer)).await.unwrap().unwrap();
+        assert!(answer.ends_with("hello"), "{answer}");
+        plain.abort();
     }
 
     #[test]

@@ -1,40 +1,33 @@
 //! What is seen of a request on its way through the ingress: a line of the access log, a span. Where neither is wanted
 //! nothing is made.
 
-use std::{net::SocketAddr, sync::Arc, time::SystemTime};
+use std::{borrow::Cow, net::SocketAddr, sync::Arc, time::SystemTime};
 
-use http::{HeaderMap, HeaderName, Request, Response, Version, header};
+use http::{HeaderValue, Method, Request, Response, Uri, Version, header};
 use jiff::Timestamp;
 use lifl_proxy::{
     Body, Keep, Peer, carry,
-    observe::{
-        Context, GONE, Kind, Lines, Span, SpanId, TraceId, Tracer, Upload, Value, method_name, server_attributes,
-        trace_id, unix_nanos,
-    },
+    head::{self, SERVING_REVISION},
+    observe::{Ended, GONE, Lines, ServerSpan, Upload, trace_id},
 };
 use serde::Serialize;
 use tokio::time::Instant;
 
-use super::{
-    backend::{Backend, BackendName},
-    metrics::Refused,
-    rules::Listener,
-};
+use super::{backend::Backend, metrics::Refused, rules::Listener};
 use crate::observe::Observe;
 
-const REVISION: HeaderName = HeaderName::from_static("knative-serving-revision");
 /// Of what clients write as they like, so much stands in a line.
 const SHOWN: usize = 2048;
 
 /// One request that is watched, until dropped.
 #[derive(Debug)]
 pub(super) struct Watch {
-    observe: Observe,
+    observe: Arc<Observe>,
     begun: Instant,
     started: SystemTime,
     listener: Listener,
     line: Option<Box<Line>>,
-    trail: Option<Box<Trail>>,
+    span: Option<Box<ServerSpan>>,
     status: u16,
     reason: Option<Refused>,
     upload: Upload,
@@ -42,28 +35,19 @@ pub(super) struct Watch {
     complete: bool,
 }
 
-/// What a line tells that the head of a request told.
+/// What a line tells that the head of a request told: as it came, and cut when it is written.
 #[derive(Debug)]
 struct Line {
     client: SocketAddr,
-    method: String,
-    host: String,
-    path: String,
+    method: Method,
+    target: Uri,
+    host: Option<HeaderValue>,
     version: Version,
-    agent: String,
+    agent: Option<HeaderValue>,
     trace: String,
-    backend: Option<BackendName>,
-    revision: String,
+    backend: Option<Arc<Backend>>,
+    revision: Option<HeaderValue>,
     upstream: Option<SocketAddr>,
-}
-
-#[derive(Debug)]
-struct Trail {
-    trace: TraceId,
-    parent: Option<SpanId>,
-    id: SpanId,
-    name: &'static str,
-    attributes: Vec<(&'static str, Value)>,
 }
 
 /// A line as it is written: one JSON object.
@@ -100,33 +84,42 @@ struct Written<'a> {
     trace_id: &'a str,
 }
 
-fn text(headers: &HeaderMap, name: &HeaderName) -> String {
-    headers.get(name).map_or_else(String::new, |value| shown(&String::from_utf8_lossy(value.as_bytes())))
+fn text(value: Option<&HeaderValue>) -> Cow<'_, str> {
+    value.map_or(Cow::Borrowed(""), |value| shown(String::from_utf8_lossy(value.as_bytes())))
 }
 
-fn shown(text: &str) -> String {
-    text.chars().take(SHOWN).collect()
+fn shown(text: Cow<'_, str>) -> Cow<'_, str> {
+    match text.char_indices().nth(SHOWN) {
+        None => text,
+        Some((end, _)) => Cow::Owned(text[..end].to_owned()),
+    }
 }
 
 // === impl Observe ===
 
 impl Observe {
     /// A request comes; `None` if nothing is to be seen of it.
-    pub(super) fn begin(&self, listener: Listener, request: &mut Request<Body>, peer: &Peer) -> Option<Watch> {
+    pub(super) fn begin(
+        self: &Arc<Self>,
+        listener: Listener,
+        request: &mut Request<Body>,
+        peer: &Peer,
+    ) -> Option<Watch> {
         if self.log.is_none() && self.traces.is_none() {
             return None;
         }
         let begun = Instant::now();
-        let trail = self.traces.as_ref().and_then(|tracer| Trail::begin(tracer, listener, request, peer));
+        let scheme = if listener.is_tls() { "https" } else { "http" };
+        let span = self.traces.as_ref().and_then(|tracer| ServerSpan::begin(tracer, request, peer, scheme, None));
         let line = self.log.as_ref().map(|_| Box::new(Line::new(request, peer)));
         let upload = Upload::of(request);
         Some(Watch {
-            observe: self.clone(),
+            observe: Arc::clone(self),
             begun,
             started: SystemTime::now(),
             listener,
             line,
-            trail: trail.map(Box::new),
+            span: span.map(Box::new),
             status: GONE,
             reason: None,
             upload,
@@ -140,10 +133,10 @@ impl Observe {
 
 impl Watch {
     /// It goes to a backend; its head is as the backend is to see it.
-    pub(super) fn routed(&mut self, request: &Request<Body>, backend: &Backend) {
+    pub(super) fn routed(&mut self, request: &Request<Body>, backend: &Arc<Backend>) {
         if let Some(line) = &mut self.line {
-            line.backend = Some(backend.name.clone());
-            line.revision = text(request.headers(), &REVISION);
+            line.backend = Some(Arc::clone(backend));
+            line.revision = request.headers().get(SERVING_REVISION).cloned();
         }
     }
 
@@ -167,19 +160,20 @@ impl Watch {
 
     /// Nothing is said of it.
     pub(super) fn forget(mut self) {
-        (self.line, self.trail) = (None, None);
+        (self.line, self.span) = (None, None);
     }
 
     fn write(&self, lines: &Lines, line: &Line, sent: u64) {
-        let backend = line.backend.as_ref();
+        let backend = line.backend.as_ref().map(|backend| &backend.name);
+        let path = line.target.path_and_query().map_or("", |path| path.as_str());
         let started = Timestamp::try_from(self.started).unwrap_or_default();
         let written = Written {
             time: format!("{started:.6}"),
             listener: self.listener.label(),
             client: line.client,
-            method: &line.method,
-            host: &line.host,
-            path: &line.path,
+            method: line.method.as_str(),
+            host: &line.host(),
+            path: &shown(path.into()),
             protocol: match line.version {
                 Version::HTTP_10 => "HTTP/1.0",
                 Version::HTTP_2 => "HTTP/2",
@@ -193,37 +187,13 @@ impl Watch {
             complete: self.complete,
             namespace: backend.map(|backend| backend.namespace.as_str()),
             service: backend.map(|backend| backend.service.as_str()),
-            revision: &line.revision,
+            revision: &text(line.revision.as_ref()),
             upstream: line.upstream,
-            user_agent: &line.agent,
+            user_agent: &text(line.agent.as_ref()),
             trace_id: &line.trace,
         };
         // Texts and numbers: none fails to be written.
         lines.push(&serde_json::to_string(&written).unwrap_or_default());
-    }
-
-    fn send(&self, tracer: &Tracer, trail: &mut Trail, sent: u64) {
-        let number = |number: u64| Value::Number(i64::try_from(number).unwrap_or(i64::MAX));
-        let failed = self.status >= 500;
-        let mut attributes = std::mem::take(&mut trail.attributes);
-        attributes.extend([
-            ("http.response.status_code", Value::Number(self.status.into())),
-            ("http.request.body.size", number(sent)),
-            ("http.response.body.size", number(self.bytes)),
-        ]);
-        attributes.extend(failed.then(|| ("error.type", Value::Text(self.status.to_string()))));
-        tracer.send(Span {
-            trace: trail.trace,
-            id: trail.id,
-            parent: trail.parent,
-            name: trail.name,
-            kind: Kind::Server,
-            start: unix_nanos(self.started),
-            end: unix_nanos(self.started + self.begun.elapsed()),
-            attributes,
-            failed,
-            resource: Arc::clone(tracer.resource()),
-        });
     }
 }
 
@@ -243,10 +213,9 @@ impl Drop for Watch {
         if let (Some(lines), Some(line)) = (&self.observe.log, self.line.take()) {
             self.write(lines, &line, sent);
         }
-        if let Some(mut trail) = self.trail.take()
-            && let Some(tracer) = &self.observe.traces
-        {
-            self.send(tracer, &mut trail, sent);
+        if let (Some(tracer), Some(span)) = (&self.observe.traces, self.span.take()) {
+            let ended = Ended { took: self.begun.elapsed(), status: self.status, sent, received: self.bytes };
+            span.finish(tracer, &ended);
         }
     }
 }
@@ -256,31 +225,23 @@ impl Drop for Watch {
 impl Line {
     fn new(request: &Request<Body>, peer: &Peer) -> Self {
         let headers = request.headers();
-        let target = request.uri();
         Self {
             client: peer.addr,
-            method: request.method().to_string(),
-            host: target.authority().map_or_else(|| text(headers, &header::HOST), |host| shown(host.as_str())),
-            path: target.path_and_query().map_or_else(String::new, |path| shown(path.as_str())),
+            method: request.method().clone(),
+            target: request.uri().clone(),
+            host: headers.get(header::HOST).cloned(),
             version: request.version(),
-            agent: text(headers, &header::USER_AGENT),
+            agent: headers.get(header::USER_AGENT).cloned(),
             trace: trace_id(headers).to_owned(),
             backend: None,
-            revision: String::new(),
+            revision: None,
             upstream: None,
         }
     }
-}
 
-// === impl Trail ===
-
-impl Trail {
-    fn begin(tracer: &Tracer, listener: Listener, request: &mut Request<Body>, peer: &Peer) -> Option<Self> {
-        let (trace, parent) = tracer.join(request.headers_mut())?;
-        let attributes = server_attributes(request, peer, if listener.is_tls() { "https" } else { "http" });
-        let (name, _) = method_name(request.method());
-        let id = SpanId::random();
-        Context { trace, span: id, sampled: true }.write(request.headers_mut());
-        Some(Self { trace, parent, id, name, attributes })
+    fn host(&self) -> Cow<'_, str> {
+        self.target
+            .authority()
+            .map_or_else(|| text(self.host.as_ref()), |authority| shown(head::host(authority).into()))
     }
 }

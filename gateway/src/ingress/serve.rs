@@ -2,21 +2,19 @@
 
 use std::{net::SocketAddr, sync::Arc, time::Duration};
 
-use bytes::Bytes;
 use futures_util::FutureExt as _;
-use http::{HeaderName, HeaderValue, Request, Response, StatusCode, Uri, Version, header, uri::PathAndQuery};
+use http::{HeaderValue, Request, Response, StatusCode, Uri, Version, header, uri::PathAndQuery};
 use hyper::body::Body as _;
 use lifl_api::ingress::PROBER_USER_AGENT;
 use lifl_proxy::{
     Body, Dial, ForwardError, Handle, Limits, Peer, Pool, Protocol, Ride, Server, Tunnels, carry, forward,
-    head::K_PROXY_REQUEST,
+    head::{self, K_PROXY_REQUEST, X_FORWARDED_PROTO},
     queue::{K_NETWORK_HASH, Queue},
     reply,
     upstream::SendError,
 };
 use tokio::{
     net::TcpListener,
-    sync::watch,
     task::JoinSet,
     time::{Instant, sleep, timeout_at},
 };
@@ -39,9 +37,6 @@ const AVOIDED: Duration = Duration::from_secs(1);
 /// A request that was never sent is tried at so many addresses.
 const TRIES: usize = 3;
 
-const FORWARDED_FOR: HeaderName = HeaderName::from_static("x-forwarded-for");
-const FORWARDED_PROTO: HeaderName = HeaderName::from_static("x-forwarded-proto");
-
 /// Pods that this process serves itself: requests to them need not leave it.
 pub trait Nearby: Send + Sync + 'static {
     /// Who answers for a pod.
@@ -51,10 +46,6 @@ pub trait Nearby: Send + Sync + 'static {
     fn pod(&self, at: &SocketAddr) -> Option<Arc<Self::Pod>>;
 }
 
-/// No pod is served here.
-#[derive(Clone, Copy, Debug, Default)]
-pub struct Nobody;
-
 /// The way of a request through the ingress. Cheap to clone; all clones share connections and tunnels.
 #[derive(Debug)]
 pub struct Gate<D, N> {
@@ -62,7 +53,7 @@ pub struct Gate<D, N> {
     pool: Pool<D>,
     nearby: Arc<N>,
     tunnels: Tunnels,
-    observe: Observe,
+    observe: Arc<Observe>,
 }
 
 /// A gate, behind one listener.
@@ -92,7 +83,6 @@ pub async fn serve<D: Dial, N: Nearby>(
     lame_duck: Duration,
     patience: Duration,
 ) -> Result<(), rustls::Error> {
-    let draining = watch::Sender::new(false);
     let mut accepting = JoinSet::new();
     let mut servers = Vec::with_capacity(listeners.len());
     for (listener, socket) in listeners {
@@ -102,11 +92,8 @@ pub async fn serve<D: Dial, N: Nearby>(
         if listener.is_tls() {
             let which = usize::from(listener == Listener::LocalTls);
             let certificates = Arc::clone(&gate.ingress.shared.certificates[which]);
-            let mut draining = draining.subscribe();
-            let end = async move {
-                let _gone_is_drained_too = draining.wait_for(|draining| *draining).await;
-            };
-            accepting.spawn(tls::listen(server, socket, tls::server(certificates)?, limits, end));
+            let secured = tls::secured(tls::server(certificates)?);
+            accepting.spawn(async move { server.listen_with(&socket, secured).await });
         } else {
             accepting.spawn(async move { server.listen(&socket).await });
         }
@@ -114,7 +101,6 @@ pub async fn serve<D: Dial, N: Nearby>(
     drain.await;
     servers.iter().for_each(Server::begin_drain);
     sleep(lame_duck).await;
-    draining.send_replace(true);
     servers.iter().for_each(Server::close);
     while accepting.join_next().await.is_some() {}
     let gone = async {
@@ -130,10 +116,9 @@ pub async fn serve<D: Dial, N: Nearby>(
     Ok(())
 }
 
-/// `:authority`, or Host; empty when there is neither.
+/// Host and port as the backend is told of them; empty when there are none.
 fn authority(request: &Request<Body>) -> &str {
-    let host = || request.headers().get(header::HOST).and_then(|host| host.to_str().ok());
-    request.uri().authority().map(|authority| authority.as_str()).or_else(host).unwrap_or_default()
+    request.uri().authority().map_or_else(|| head::text(request.headers(), &header::HOST), head::host)
 }
 
 /// `301` to the same place over HTTPS; the port goes if it was the one that plain HTTP has anyway. A prober is told the hash
@@ -188,7 +173,7 @@ fn dress(request: &mut Request<Body>, forward: &Forward<'_>, scheme: &'static st
     }
     // What comes here has not come by way of the activator, and is not to be counted so.
     headers.remove(K_PROXY_REQUEST);
-    headers.entry(FORWARDED_PROTO).or_insert(HeaderValue::from_static(scheme));
+    headers.entry(X_FORWARDED_PROTO).or_insert(HeaderValue::from_static(scheme));
 }
 
 /// Makes a head what it would be had it come over the network to a pod that is served here.
@@ -197,16 +182,7 @@ fn arrive(request: &mut Request<Body>, peer: &Peer, protocol: Protocol) {
         Protocol::H1 => Version::HTTP_11,
         Protocol::H2c => Version::HTTP_2,
     };
-    let headers = request.headers_mut();
-    let mut addresses = Vec::new();
-    for before in headers.get_all(FORWARDED_FOR) {
-        addresses.extend_from_slice(before.as_bytes());
-        addresses.extend_from_slice(b", ");
-    }
-    addresses.extend_from_slice(peer.addr.ip().to_canonical().to_string().as_bytes());
-    if let Ok(addresses) = HeaderValue::from_maybe_shared(Bytes::from(addresses)) {
-        headers.insert(FORWARDED_FOR, addresses);
-    }
+    head::append_forwarded_for(request.headers_mut(), peer);
 }
 
 /// The same request once more; only one without a body can be had twice.
@@ -232,22 +208,6 @@ fn failure(error: &ForwardError) -> Response<Body> {
     }
 }
 
-// === impl Nobody ===
-
-impl Nearby for Nobody {
-    type Pod = Self;
-
-    fn pod(&self, _at: &SocketAddr) -> Option<Arc<Self>> {
-        None
-    }
-}
-
-impl Handle for Nobody {
-    async fn handle(&self, _request: Request<Body>, _peer: &Peer) -> Response<Body> {
-        reply::empty(StatusCode::NOT_FOUND)
-    }
-}
-
 // === impl Pods ===
 
 impl Nearby for Pods {
@@ -264,13 +224,13 @@ impl<D: Dial, N: Nearby> Gate<D, N> {
     /// A gate of an ingress; its requests use the connections of `pool`.
     #[must_use]
     pub fn new(ingress: Ingress, pool: Pool<D>, nearby: Arc<N>) -> Self {
-        Self { ingress, pool, nearby, tunnels: Tunnels::new(), observe: Observe::default() }
+        Self { ingress, pool, nearby, tunnels: Tunnels::new(), observe: Arc::default() }
     }
 
     /// The same gate, with what is to be seen of its requests.
     #[must_use]
     pub fn observed(self, observe: Observe) -> Self {
-        Self { observe, ..self }
+        Self { observe: Arc::new(observe), ..self }
     }
 
     /// What became of the last snapshot.
@@ -375,7 +335,7 @@ impl<D, N> Clone for Gate<D, N> {
             pool: self.pool.clone(),
             nearby: Arc::clone(&self.nearby),
             tunnels: self.tunnels.clone(),
-            observe: self.observe.clone(),
+            observe: Arc::clone(&self.observe),
         }
     }
 }

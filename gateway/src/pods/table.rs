@@ -8,6 +8,7 @@ use std::{
     time::Duration,
 };
 
+use arc_swap::ArcSwap;
 use futures_util::FutureExt as _;
 use lifl_api::pod::{NodePod, PodAsk, PodPort, PodWord};
 use lifl_cluster::Key;
@@ -51,12 +52,13 @@ struct Shared {
     /// What is to be seen of their requests; nothing without.
     observers: OnceLock<Observers>,
     table: RwLock<Table>,
+    /// Who answers where. Requests read it, so it is replaced whole; whoever does that has the table.
+    at: ArcSwap<HashMap<SocketAddr, Arc<Queue<Sockets>>>>,
 }
 
 #[derive(Debug, Default)]
 struct Table {
     places: HashMap<u64, Served>,
-    at: HashMap<SocketAddr, Arc<Queue<Sockets>>>,
     /// Places told of since the agent is the one that it is.
     told: HashSet<u64>,
 }
@@ -82,7 +84,7 @@ struct Servers {
     metrics: Option<Server<Metrics<Sockets>>>,
 }
 
-/// A listener of a pod, and the task that accepts, if the port is served.
+/// A listener of a pod, and the task that accepts, if the port is served: it ends with this.
 #[derive(Debug)]
 struct Listening {
     port: PodPort,
@@ -124,8 +126,9 @@ impl Pods {
     pub fn new(ask: mpsc::UnboundedSender<PodAsk>, limits: Limits) -> Self {
         let sockets = Sockets::new(ask);
         let pool = Pool::new(sockets.clone(), PoolLimits { connect: Sockets::PATIENCE, ..PoolLimits::default() });
-        let (secrets, observers, table) = (OnceLock::new(), OnceLock::new(), RwLock::default());
-        Self { shared: Arc::new(Shared { pool, sockets, limits, secrets, observers, table }) }
+        let (secrets, observers) = (OnceLock::new(), OnceLock::new());
+        let (table, at) = (RwLock::default(), ArcSwap::default());
+        Self { shared: Arc::new(Shared { pool, sockets, limits, secrets, observers, table, at }) }
     }
 
     /// Connections to places, those of pods among them.
@@ -163,9 +166,9 @@ impl Pods {
     /// itself, so two of them would let in twice as many. Requests of this gateway's own ingress go there as to any pod elsewhere.
     pub fn superseded(&self) {
         let mut table = self.write();
-        table.at.clear();
+        self.shared.at.store(Arc::default());
         for served in table.places.values_mut() {
-            served.let_go();
+            served.listeners.clear();
             served.servers.close();
         }
     }
@@ -181,7 +184,7 @@ impl Pods {
     pub async fn drain(&self) {
         let mut ends = JoinSet::new();
         for served in self.write().places.values_mut() {
-            served.let_go();
+            served.listeners.clear();
             served.servers.close();
             let (all, queue) = (served.all_servers(), Arc::clone(&served.queue));
             ends.spawn(async move {
@@ -228,7 +231,7 @@ impl Pods {
                 "address": served.pod.address,
                 "draining": served.queue.drain().draining(),
                 "requests": served.queue.depth(),
-                "connections": served.servers.requests.open(),
+                "connections": served.connections(),
             })
         };
         Value::Array(table.places.iter().map(one).collect())
@@ -249,7 +252,7 @@ impl Pods {
         match Served::new(&self.shared, place, pod, ports, fds) {
             Ok(served) => {
                 let mut table = self.write();
-                table.at.insert(served.at(), Arc::clone(&served.queue));
+                self.shared.answers(&served);
                 table.places.insert(place, served);
             }
             Err(error) => {
@@ -269,8 +272,7 @@ impl Pods {
         if served.pod.draining {
             served.end();
         }
-        let (at, queue) = (served.at(), Arc::clone(&served.queue));
-        table.at.insert(at, queue);
+        self.shared.answers(served);
     }
 
     /// Settings are read once, as queue-proxy reads its environment; but a pod that is to end is told so.
@@ -289,13 +291,7 @@ impl Pods {
         let served = {
             let mut table = self.write();
             let served = table.places.remove(&place);
-            // Its address may be that of another pod already.
-            if let Some(served) = &served
-                && table.at.get(&served.at()).is_some_and(|queue| Arc::ptr_eq(queue, &served.queue))
-            {
-                table.at.remove(&served.at());
-            }
-            served
+            served.inspect(|served| self.shared.answers_no_more(served))
         };
         self.shared.sockets.close(place);
         if let Some(served) = served {
@@ -305,7 +301,7 @@ impl Pods {
 
     /// Who answers for the pod that listens at an address, if it is served here.
     pub(crate) fn queue(&self, at: &SocketAddr) -> Option<Arc<Queue<Sockets>>> {
-        self.read().at.get(at).cloned()
+        self.shared.at.load().get(at).cloned()
     }
 
     fn read(&self) -> RwLockReadGuard<'_, Table> {
@@ -314,6 +310,26 @@ impl Pods {
 
     fn write(&self) -> RwLockWriteGuard<'_, Table> {
         self.shared.table.write().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+// === impl Shared ===
+
+impl Shared {
+    /// Has requests to its address find a pod.
+    fn answers(&self, served: &Served) {
+        let mut at = HashMap::clone(&self.at.load());
+        at.insert(served.at(), Arc::clone(&served.queue));
+        self.at.store(Arc::new(at));
+    }
+
+    fn answers_no_more(&self, served: &Served) {
+        let mut at = HashMap::clone(&self.at.load());
+        // Its address may be that of another pod already.
+        if at.get(&served.at()).is_some_and(|queue| Arc::ptr_eq(queue, &served.queue)) {
+            at.remove(&served.at());
+            self.at.store(Arc::new(at));
+        }
     }
 }
 
@@ -358,13 +374,10 @@ impl Served {
         Ok(())
     }
 
-    /// Accepts no more, and holds no listener. What was accepted has a task of its own already.
-    fn let_go(&mut self) {
-        for Listening { task, .. } in self.listeners.drain(..) {
-            if let Some(task) = task {
-                task.abort();
-            }
-        }
+    /// Connections of requests: among what is open are the listeners, too.
+    fn connections(&self) -> usize {
+        let listening = self.listeners.iter().filter(|listening| listening.accepts_requests()).count();
+        self.servers.requests.open().saturating_sub(listening)
     }
 
     /// New servers in place of closed ones; the queue, and so what is counted, stays the same.
@@ -399,9 +412,7 @@ impl Served {
         let config = tls::of_pod(settings, Arc::clone(&certificate) as _)?;
         let key = Key { namespace: self.pod.namespace.clone(), name: settings.secret.clone() };
         let mut known = secrets.follow(key);
-        let server = self.servers.requests.clone();
-        let limits = shared.limits;
-        let closing = server.clone();
+        let (server, secured) = (self.servers.requests.clone(), tls::secured(config));
         let task = tokio::spawn(
             async move {
                 let replaced = async {
@@ -418,7 +429,7 @@ impl Served {
                     }
                 };
                 tokio::select! {
-                    () = tls::listen(server, listener, config, limits, closing.closing()) => {}
+                    () = server.listen_with(&listener, secured) => {}
                     () = replaced => {}
                 }
             }
@@ -462,7 +473,24 @@ impl Served {
 impl Listening {
     /// The listener, if requests come in there.
     fn requests(&self) -> Option<Weak<TcpListener>> {
-        matches!(self.port, PodPort::Serving | PodPort::ServingTls).then(|| Arc::downgrade(&self.listener))
+        self.is_of_requests().then(|| Arc::downgrade(&self.listener))
+    }
+
+    const fn is_of_requests(&self) -> bool {
+        matches!(self.port, PodPort::Serving | PodPort::ServingTls)
+    }
+
+    fn accepts_requests(&self) -> bool {
+        self.is_of_requests() && self.task.as_ref().is_some_and(|task| !task.is_finished())
+    }
+}
+
+impl Drop for Listening {
+    /// Accepts no more. What was accepted has a task of its own already.
+    fn drop(&mut self) {
+        if let Some(task) = &self.task {
+            task.abort();
+        }
     }
 }
 
@@ -524,69 +552,4 @@ fn settings(pod: &NodePod) -> Result<Settings, ServeError> {
 }
 
 #[cfg(test)]
-mod tests {
-    use std::{io::ErrorKind, net::TcpStream};
-
-    use lifl_api::pod::PodSettings;
-    use tokio::time::sleep;
-
-    use super::*;
-
-    const PORTS: [PodPort; 2] = [PodPort::Serving, PodPort::Admin];
-
-    fn pod() -> NodePod {
-        let settings: PodSettings = serde_json::from_value(json!({
-            "schema": PodSettings::schema(), "namespace": "golden", "configuration": "shop", "revision": "shop-blue",
-            "servingPort": 8012, "protocol": "http1", "userPort": 8080, "containerConcurrency": 0,
-            "timeouts": {"request": 300},
-        }))
-        .unwrap();
-        NodePod {
-            uid: "u1".into(),
-            namespace: "golden".into(),
-            name: "shop-blue-1".into(),
-            address: Ipv4Addr::LOCALHOST.into(),
-            draining: true,
-            settings,
-        }
-    }
-
-    /// A pod that is told to end; its listeners as the agent has them.
-    fn ending() -> (Pods, [StdListener; 2]) {
-        let listeners = PORTS.map(|_| StdListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap());
-        let fds = listeners.iter().map(|listener| {
-            listener.set_nonblocking(true).unwrap();
-            OwnedFd::from(listener.try_clone().unwrap())
-        });
-        let pods = Pods::new(mpsc::unbounded_channel().0, Limits::default());
-        pods.heed(PodWord::Serve { place: 7, pod: Box::new(pod()), ports: PORTS.into() }, fds.collect());
-        (pods, listeners)
-    }
-
-    fn connect(listener: &StdListener) -> Result<TcpStream, ErrorKind> {
-        TcpStream::connect(listener.local_addr().unwrap()).map_err(|error| error.kind())
-    }
-
-    #[tokio::test(start_paused = true)]
-    async fn a_drained_pod_refuses_connections_and_its_hook_is_answered_still() {
-        let (_pods, [serving, admin]) = ending();
-        sleep(QUIET / 2).await;
-        connect(&serving).unwrap();
-        sleep(QUIET).await;
-        assert_eq!(connect(&serving).unwrap_err(), ErrorKind::ConnectionRefused);
-        connect(&admin).unwrap();
-    }
-
-    #[tokio::test(start_paused = true)]
-    async fn a_superseded_gateway_does_not_end_what_another_one_serves() {
-        let (pods, [serving, _]) = ending();
-        pods.superseded();
-        sleep(QUIET * 2).await;
-        connect(&serving).unwrap();
-        // What it takes over again it is responsible for.
-        let fds = vec![serving.try_clone().unwrap().into()];
-        pods.heed(PodWord::Serve { place: 7, pod: Box::new(pod()), ports: vec![PodPort::Serving] }, fds);
-        sleep(QUIET * 2).await;
-        assert_eq!(connect(&serving).unwrap_err(), ErrorKind::ConnectionRefused);
-    }
-}
+mod tests;

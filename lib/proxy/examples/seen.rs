@@ -5,7 +5,7 @@ use std::{io, sync::Arc, time::Instant};
 use http::{Request, header};
 use lifl_proxy::{
     Body, Dial, Endpoint, Handle, Peer, Pool, PoolLimits, Timeouts,
-    observe::{Collector, Exporter, Facts, Lines, SpanCounts, Template, Tracer, Wire},
+    observe::{CollectorAddress, Exporter, Facts, Lines, SpanCounts, Template, Tracer, Wire},
     queue::{Observe, QUIET, Queue, RequestLog, Settings, resource},
 };
 use tokio::{net::TcpStream, runtime::Builder};
@@ -39,7 +39,7 @@ fn main() {
 async fn measure() -> Vec<(&'static str, u128)> {
     let facts = Facts { pod: "p".into(), revision: "r".into(), address: "10.0.0.1".into(), ..Facts::default() };
     let counts = SpanCounts::default();
-    let to = Collector::parse("http://127.0.0.1:9", Wire::Http).expect("an address");
+    let to = CollectorAddress::parse("http://127.0.0.1:9", Wire::Http).expect("an address");
     let tracer = |sample| {
         let exporter = Exporter::start(&Pool::new(Never, PoolLimits::default()), 0, to.clone(), &counts);
         Tracer::new(exporter, resource(&facts), sample)

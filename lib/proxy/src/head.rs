@@ -1,11 +1,11 @@
 //! What a proxy changes in heads. Pure.
 
-use std::{any::Any, net::SocketAddr, sync::Arc};
+use std::{any::Any, fmt::Write as _, net::SocketAddr, sync::Arc};
 
 use http::{
     HeaderMap, HeaderName, HeaderValue, Uri, Version,
     header::{
-        CONNECTION, CONTENT_LENGTH, FORWARDED, HOST, PROXY_AUTHENTICATE, PROXY_AUTHORIZATION, TE, TRAILER,
+        CONNECTION, CONTENT_LENGTH, Entry, FORWARDED, HOST, PROXY_AUTHENTICATE, PROXY_AUTHORIZATION, TE, TRAILER,
         TRANSFER_ENCODING, UPGRADE,
     },
     request, response,
@@ -46,6 +46,9 @@ static HOP_BY_HOP: [HeaderName; 9] = [
     HTTP2_SETTINGS,
 ];
 
+/// Of a `Forwarded`, for what stands around its values.
+const FORWARDED_ROOM: usize = 48;
+
 /// The other end of a client's connection.
 #[derive(Clone, Debug)]
 pub struct Peer {
@@ -85,6 +88,20 @@ impl Peer {
     pub(crate) fn held(&self) -> Option<Arc<dyn Any + Send + Sync>> {
         self.holds.clone()
     }
+}
+
+/// A header's first value as text; empty if there is none, or none that is text.
+#[must_use]
+pub fn text<'a>(headers: &'a HeaderMap, name: &HeaderName) -> &'a str {
+    headers.get(name).and_then(|value| value.to_str().ok()).unwrap_or_default()
+}
+
+/// The host and the port of an authority. What stands before an `@` is neither, and for nobody: who read it as a host would send a
+/// request elsewhere than who did not.
+#[must_use]
+pub fn host(authority: &Authority) -> &str {
+    let authority = authority.as_str();
+    authority.rsplit_once('@').map_or(authority, |(_user, host)| host)
 }
 
 /// Takes away what the client's `Connection` names, and of itself leaves the wish for an upgrade only: `Upgrade` and `TE` are looked
@@ -175,7 +192,7 @@ pub fn strip_revision(headers: &mut HeaderMap) {
 
 /// Makes a `Forwarded` of the `X-Forwarded-*`, if there is none. Host and scheme belong to the first address only.
 pub fn shim_forwarded(headers: &mut HeaderMap) {
-    let text = |name: &HeaderName| headers.get(name).and_then(|value| value.to_str().ok()).unwrap_or_default().trim();
+    let text = |name: &HeaderName| text(headers, name).trim();
     if !text(&FORWARDED).is_empty() {
         return;
     }
@@ -183,23 +200,21 @@ pub fn shim_forwarded(headers: &mut HeaderMap) {
     if addresses.is_empty() && host.is_empty() && scheme.is_empty() {
         return;
     }
-    let mut made = String::new();
-    let node = |address: &str| {
-        let address = address.trim();
+    let mut made = String::with_capacity(addresses.len() + host.len() + scheme.len() + FORWARDED_ROOM);
+    for (number, address) in addresses.split(',').map(str::trim).enumerate() {
+        let first = number == 0;
+        made.push_str(if first { "" } else { ", " });
         // An address with a colon is IPv6 and must be quoted.
-        if address.contains(':') { format!("for=\"[{address}]\"") } else { format!("for={address}") }
-    };
-    for (number, address) in addresses.split(',').enumerate() {
-        if number > 0 {
-            made.push_str(", ");
-            made.push_str(&node(address));
-            continue;
+        let _to_a_string = match address.contains(':') {
+            true => write!(made, "for=\"[{address}]\""),
+            false if first && addresses.is_empty() => Ok(()),
+            false => write!(made, "for={address}"),
+        };
+        let pairs = [("host", host), ("proto", scheme)];
+        for (name, value) in pairs.into_iter().filter(|(_, value)| first && !value.is_empty()) {
+            made.push_str(if made.is_empty() { "" } else { ";" });
+            let _to_a_string = write!(made, "{name}={value}");
         }
-        let first = if addresses.is_empty() { String::new() } else { node(address) };
-        let host = if host.is_empty() { String::new() } else { format!("host={host}") };
-        let scheme = if scheme.is_empty() { String::new() } else { format!("proto={scheme}") };
-        let pairs: Vec<&str> = [&*first, &*host, &*scheme].into_iter().filter(|pair| !pair.is_empty()).collect();
-        made.push_str(&pairs.join(";"));
     }
     if let Ok(made) = HeaderValue::try_from(made) {
         headers.insert(FORWARDED, made);
@@ -262,19 +277,24 @@ fn strip_hop_by_hop(headers: &mut HeaderMap) {
     }
 }
 
-fn append_forwarded_for(headers: &mut HeaderMap, peer: &Peer) {
-    if !headers.contains_key(X_FORWARDED_FOR) {
-        headers.insert(X_FORWARDED_FOR, peer.forwarded.clone());
-        return;
-    }
-    let mut all = Vec::new();
-    for value in headers.get_all(X_FORWARDED_FOR) {
+/// Adds the client's address to those that a request came by.
+pub fn append_forwarded_for(headers: &mut HeaderMap, peer: &Peer) {
+    let mut before = match headers.entry(X_FORWARDED_FOR) {
+        Entry::Occupied(before) => before,
+        Entry::Vacant(first) => {
+            first.insert(peer.forwarded.clone());
+            return;
+        }
+    };
+    let length: usize = before.iter().map(|value| value.len() + 2).sum();
+    let mut all = Vec::with_capacity(length + peer.forwarded.len());
+    for value in before.iter() {
         all.extend_from_slice(value.as_bytes());
         all.extend_from_slice(b", ");
     }
     all.extend_from_slice(peer.forwarded.as_bytes());
     if let Ok(all) = HeaderValue::from_maybe_shared(bytes::Bytes::from(all)) {
-        headers.insert(X_FORWARDED_FOR, all);
+        before.insert(all);
     }
 }
 
@@ -284,23 +304,28 @@ fn target(head: &mut request::Parts, protocol: Protocol) -> Result<(), Malformed
         Protocol::H1 => {
             if let Some(authority) = head.uri.authority() {
                 // The target's own host counts, as RFC 9112 3.2.2 says; in HTTP/2 there is no other.
-                let host = authority.as_str().rsplit('@').next().unwrap_or_default();
-                let host = HeaderValue::try_from(host).map_err(|_invalid| Malformed("host"))?;
+                let host = HeaderValue::try_from(host(authority)).map_err(|_invalid| Malformed("host"))?;
                 head.headers.insert(HOST, host);
                 let path = head.uri.path_and_query().cloned().unwrap_or(PathAndQuery::from_static("/"));
                 head.uri = Uri::from(path);
             }
+            // HTTP/1.0 needs no host, HTTP/1.1 does: one that nobody has named is empty there, as RFC 9112 3.2 says.
+            head.headers.entry(HOST).or_insert(HeaderValue::from_static(""));
             head.version = Version::HTTP_11;
         }
         Protocol::H2c => {
-            let host = head.headers.remove(HOST);
+            let named = head.headers.remove(HOST);
             let mut parts = std::mem::take(&mut head.uri).into_parts();
-            if let Some(host) = host.filter(|_| parts.authority.is_none()) {
-                parts.authority = Some(Authority::try_from(host.as_bytes()).map_err(|_invalid| Malformed("host"))?);
-            }
-            if parts.authority.is_none() {
-                return Err(Malformed("no host"));
-            }
+            let read = |host: &[u8]| Authority::try_from(host).map_err(|_invalid| Malformed("host"));
+            let authority = match (parts.authority.take(), named) {
+                (Some(authority), _) => authority,
+                (None, Some(host)) => read(host.as_bytes())?,
+                (None, None) => return Err(Malformed("no host")),
+            };
+            // RFC 9113 8.3.1: no user goes there.
+            let bare = host(&authority);
+            let has_user = bare.len() < authority.as_str().len();
+            parts.authority = Some(if has_user { read(bare.as_bytes())? } else { authority });
             parts.scheme.get_or_insert(Scheme::HTTP);
             parts.path_and_query.get_or_insert(PathAndQuery::from_static("/"));
             head.uri = Uri::from_parts(parts).map_err(|_invalid| Malformed("target"))?;

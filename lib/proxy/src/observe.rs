@@ -18,10 +18,10 @@ mod template;
 mod upload;
 
 pub use context::{Context, SpanId, TRACEPARENT, TRACESTATE, TraceId, trace_id};
-pub use export::{Collector, CollectorError, Exporter, SpanCounts, WeakExporter, Wire};
+pub use export::{CollectorAddress, CollectorError, Exporter, SpanCounts, WeakExporter, Wire};
 pub use histogram::{Counts, DURATIONS, Durations, Histogram, SIZES, Scale, Sizes, escape};
 pub use lines::{LineCounts, Lines};
 pub use otlp::Value;
-pub use span::{Kind, Resource, Span, Tracer, method_name, server_attributes, unix_nanos};
+pub use span::{Ended, Resource, ServerSpan, Span, SpanKind, Tracer, method_name};
 pub use template::{Draft, Facts, Response, Template, TemplateError};
 pub use upload::{GONE, Upload};

@@ -95,7 +95,7 @@ pub struct Server<H> {
 struct Shared<H> {
     handler: Arc<H>,
     limits: Limits,
-    places: Arc<Semaphore>,
+    permits: Arc<Semaphore>,
     end: Arc<End>,
 }
 
@@ -133,38 +133,47 @@ impl<H: Handle> Server<H> {
     /// A server that listens to nothing yet.
     #[must_use]
     pub fn new(handler: Arc<H>, limits: Limits) -> Self {
-        let places = Arc::new(Semaphore::new(limits.connections.min(Semaphore::MAX_PERMITS)));
-        Self { shared: Arc::new(Shared { handler, limits, places, end: Arc::new(End::new()) }) }
+        let permits = Arc::new(Semaphore::new(limits.connections.min(Semaphore::MAX_PERMITS)));
+        Self { shared: Arc::new(Shared { handler, limits, permits, end: Arc::new(End::new()) }) }
     }
 
     /// Accepts connections until [`Server::close`], or until whoever shares the socket has shut it down.
     pub async fn listen(&self, listener: &TcpListener) {
+        self.listen_with(listener, |stream| stream).await;
+    }
+
+    /// The same with something between a connection's bytes and its requests, as TLS is. It is not waited for here, so what it
+    /// has to do first is to be done when it is read.
+    pub async fn listen_with<I>(&self, listener: &TcpListener, wrap: impl Fn(TcpStream) -> I)
+    where
+        I: AsyncRead + AsyncWrite + Send + Unpin + 'static,
+    {
         let mut told = self.shared.end.subscribe();
         loop {
             let accepted = tokio::select! {
                 () = reached(&mut told, Phase::Closing) => return,
                 accepted = self.accept(listener) => accepted,
             };
-            let (stream, peer, place) = match accepted {
+            let (stream, peer, permit) = match accepted {
                 Ok(Some(accepted)) => accepted,
                 Ok(None) => continue,
                 Err(_shut_down) => return,
             };
             // Counted from here on, not from when its task first runs.
-            let (server, told) = (self.clone(), self.shared.end.subscribe());
-            tokio::spawn(async move { server.told(stream, peer.holding(place), told).await }.boxed());
+            let (server, stream, told) = (self.clone(), wrap(stream), self.shared.end.subscribe());
+            tokio::spawn(async move { server.told(stream, peer.holding(permit), told).await }.boxed());
         }
     }
 
     /// `Ok(None)`: not this time.
     async fn accept(&self, listener: &TcpListener) -> io::Result<Option<(TcpStream, Peer, OwnedSemaphorePermit)>> {
-        let Ok(place) = Arc::clone(&self.shared.places).acquire_owned().await else { return Ok(None) };
+        let Ok(permit) = Arc::clone(&self.shared.permits).acquire_owned().await else { return Ok(None) };
         let accepted = listener.accept().await.and_then(|(stream, addr)| {
             stream.set_nodelay(true)?;
             Ok((stream, Peer::new(addr)))
         });
         match accepted {
-            Ok((stream, peer)) => Ok(Some((stream, peer, place))),
+            Ok((stream, peer)) => Ok(Some((stream, peer, permit))),
             Err(error) => {
                 // Of a listener that was shut down, and of a client that was gone before its options were set.
                 if error.kind() == io::ErrorKind::InvalidInput && !is_listening(listener) {
@@ -250,11 +259,6 @@ impl<H: Handle> Server<H> {
     /// No more connections are accepted, idle ones are closed, the others after the requests that are under way.
     pub fn close(&self) {
         self.shared.end.reach(Phase::Closing);
-    }
-
-    /// Resolves when it is told to close; for who listens on its behalf.
-    pub async fn closing(&self) {
-        reached(&mut self.shared.end.subscribe(), Phase::Closing).await;
     }
 
     /// Waits until all connections are gone.

@@ -93,9 +93,11 @@ fn targets_get_the_form_of_the_protocol() {
         ("http://u:s@t/p", Version::HTTP_11, Some("h"), Protocol::H1, Ok(("/p", Some("t")))),
         ("http://t/p", Version::HTTP_2, None, Protocol::H1, Ok(("/p", Some("t")))),
         ("*", Version::HTTP_11, Some("h"), Protocol::H1, Ok(("*", Some("h")))),
-        ("/", Version::HTTP_10, None, Protocol::H1, Ok(("/", None))),
+        ("/", Version::HTTP_10, None, Protocol::H1, Ok(("/", Some("")))),
         ("/p?q", Version::HTTP_11, Some("h:81"), Protocol::H2c, Ok(("http://h:81/p?q", None))),
         ("http://t/p", Version::HTTP_2, None, Protocol::H2c, Ok(("http://t/p", None))),
+        ("http://a:x@t:81/p", Version::HTTP_11, Some("h"), Protocol::H2c, Ok(("http://t:81/p", None))),
+        ("/p", Version::HTTP_11, Some("u@h"), Protocol::H2c, Ok(("http://h/p", None))),
         ("/", Version::HTTP_10, None, Protocol::H2c, Err(())),
         ("/", Version::HTTP_11, Some("a b"), Protocol::H2c, Err(())),
     ];
@@ -136,6 +138,8 @@ fn knative_forwarded_is_made_of_its_forerunners() {
         ("", "h", "", "", "host=h"),
         ("", "", "p", "", "proto=p"),
         ("", "h", "p", "", "host=h;proto=p"),
+        ("::1", "h", "", "", "for=\"[::1]\";host=h"),
+        (", a", "h", "", "", "for=;host=h, for=a"),
         ("127.0.0.1, ::1", "h", "p", "for=a, for=b", "for=a, for=b"),
         ("", "", "", "", ""),
     ];

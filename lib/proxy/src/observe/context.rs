@@ -2,6 +2,8 @@
 
 use http::{HeaderMap, HeaderName, HeaderValue};
 
+use crate::head::text;
+
 /// Trace, parent and flags.
 pub const TRACEPARENT: HeaderName = HeaderName::from_static("traceparent");
 /// What vendors add; passed on as it is.
@@ -31,8 +33,7 @@ pub struct Context {
 /// text, and goes into lines as it is.
 #[must_use]
 pub fn trace_id(headers: &HeaderMap) -> &str {
-    let text = |name: &HeaderName| headers.get(name).and_then(|value| value.to_str().ok()).unwrap_or_default();
-    let trace = text(&TRACEPARENT).split('-').nth(1).unwrap_or_else(|| text(&B3));
+    let trace = text(headers, &TRACEPARENT).split('-').nth(1).unwrap_or_else(|| text(headers, &B3));
     if trace.bytes().all(|digit| digit.is_ascii_hexdigit()) && trace.len() <= 32 { trace } else { "" }
 }
 

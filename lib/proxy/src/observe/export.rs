@@ -51,7 +51,7 @@ pub enum Wire {
 
 /// A collector's address.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Collector {
+pub struct CollectorAddress {
     host: String,
     port: u16,
     target: Uri,
@@ -95,7 +95,7 @@ enum Item {
 struct Sender<D> {
     pool: Pool<D>,
     place: u64,
-    collector: Collector,
+    collector: CollectorAddress,
     /// Where the collector's name led to, and the connections to there.
     upstream: Option<Upstream<D>>,
     counts: SpanCounts,
@@ -120,9 +120,9 @@ enum ExportError {
     Request(#[from] http::Error),
 }
 
-// === impl Collector ===
+// === impl CollectorAddress ===
 
-impl Collector {
+impl CollectorAddress {
     /// Reads an address: `http://HOST:PORT`, with `/v1/traces` where it has no path.
     ///
     /// # Errors
@@ -213,7 +213,7 @@ impl SpanCounts {
 impl Exporter {
     /// Begins to send to a collector, dialled in network namespace `place` by `pool`. Needs a tokio runtime around it.
     #[must_use]
-    pub fn start<D: Dial>(pool: &Pool<D>, place: u64, collector: Collector, counts: &SpanCounts) -> Self {
+    pub fn start<D: Dial>(pool: &Pool<D>, place: u64, collector: CollectorAddress, counts: &SpanCounts) -> Self {
         let (queue, items) = mpsc::channel(QUEUE);
         let counts = counts.clone();
         let sender = Sender { pool: pool.clone(), place, collector, upstream: None, counts: counts.clone() };
@@ -377,14 +377,14 @@ mod tests {
             ("http://[::1]:5", Wire::Http, "::1", 5, "http://[::1]:5/v1/traces"),
         ];
         for (address, wire, host, port, target) in rows {
-            let collector = Collector::parse(address, wire).expect("an address");
+            let collector = CollectorAddress::parse(address, wire).expect("an address");
             assert_eq!((collector.host.as_str(), collector.port), (host, port), "{address}");
             assert_eq!(collector.target.to_string(), target);
         }
-        let grpc = Collector::parse("http://otel", Wire::Grpc).expect("an address");
+        let grpc = CollectorAddress::parse("http://otel", Wire::Grpc).expect("an address");
         assert_eq!((grpc.port, grpc.target.path().rsplit('/').next()), (4317, Some("Export")));
         for (address, why) in [("https://otel", "TLS"), ("otel:4317", "http://"), ("", "no address")] {
-            let error = Collector::parse(address, Wire::Http).expect_err("no address").to_string();
+            let error = CollectorAddress::parse(address, Wire::Http).expect_err("no address").to_string();
             assert!(error.contains(why), "{error}");
         }
     }

@@ -2,7 +2,7 @@
 
 use std::{
     fmt,
-    io::Write,
+    io::{self, Write},
     sync::{
         Arc, Condvar, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicU64, Ordering},
@@ -52,6 +52,7 @@ struct Buffer {
     writing: bool,
     /// Somebody waits for what is there to be written.
     hurry: bool,
+    /// Nobody is left to write for, or nobody writes.
     closed: bool,
 }
 
@@ -84,7 +85,8 @@ impl Lines {
     pub fn push(&self, line: &str) {
         let shared = &self.handle.0;
         let mut buffer = shared.lock();
-        if buffer.bytes.len() + line.len() >= shared.room || !shared.begun(&mut buffer) {
+        let fits = buffer.bytes.len() + line.len() < shared.room;
+        if !fits || !buffer.has_writer(|to| shared.begin(to)) {
             drop(buffer);
             shared.dropped.fetch_add(1, Ordering::Relaxed);
             return;
@@ -145,15 +147,10 @@ impl Drop for Handle {
 // === impl Shared ===
 
 impl Shared {
-    /// Whether there is a thread; begins it at the first line.
-    fn begun(self: &Arc<Self>, buffer: &mut Buffer) -> bool {
-        let Some(to) = buffer.to.take() else { return true };
+    /// Begins the thread.
+    fn begin(self: &Arc<Self>, to: Box<dyn Write + Send>) -> io::Result<()> {
         let shared = Arc::clone(self);
-        let begun = std::thread::Builder::new().name("log-lines".into()).spawn(move || shared.run(to));
-        if let Err(error) = &begun {
-            tracing::error!(%error, "no thread for lines of logs");
-        }
-        begun.is_ok()
+        std::thread::Builder::new().name("log-lines".into()).spawn(move || shared.run(to)).map(drop)
     }
 
     fn run(&self, mut to: Box<dyn Write + Send>) {
@@ -190,9 +187,24 @@ impl Shared {
     }
 }
 
+// === impl Buffer ===
+
+impl Buffer {
+    /// Whether there is a thread; begins it at the first line. One that cannot be begun has taken the file with it.
+    fn has_writer(&mut self, begin: impl FnOnce(Box<dyn Write + Send>) -> io::Result<()>) -> bool {
+        if let Some(to) = self.to.take()
+            && let Err(error) = begin(to)
+        {
+            tracing::error!(%error, "no thread for lines of logs: there are none");
+            self.closed = true;
+        }
+        !self.closed
+    }
+}
+
 #[cfg(test)]
 mod tests {
-    use std::{io, sync::mpsc};
+    use std::sync::mpsc;
 
     use super::*;
 
@@ -214,6 +226,18 @@ mod tests {
         fn flush(&mut self) -> io::Result<()> {
             Ok(())
         }
+    }
+
+    #[test]
+    fn lines_that_nobody_writes_are_counted_and_not_kept() {
+        let lines = Lines::to(Box::new(Vec::new()), 100);
+        let failed = lines.handle.0.lock().has_writer(|_| Err(io::ErrorKind::OutOfMemory.into()));
+        assert!(!failed);
+        for _ in 0..3 {
+            lines.push("line");
+        }
+        assert_eq!(lines.counts(), LineCounts { written: 0, dropped: 3 });
+        assert!(lines.flush(PATIENCE), "there is nothing to wait for");
     }
 
     #[test]

@@ -2,7 +2,7 @@
 
 use prost::{Message, Oneof};
 
-use super::span::{Kind, Resource, Span};
+use super::span::{Resource, Span, SpanKind};
 
 /// What a collector is sent.
 #[derive(Clone, PartialEq, Message)]
@@ -137,9 +137,9 @@ fn wire(span: Span) -> Wire {
         parent_span_id: span.parent.map_or_else(Vec::new, |parent| parent.0.into()),
         name: span.name.to_owned(),
         kind: match span.kind {
-            Kind::Internal => 1,
-            Kind::Server => 2,
-            Kind::Client => 3,
+            SpanKind::Internal => 1,
+            SpanKind::Server => 2,
+            SpanKind::Client => 3,
         },
         start_time_unix_nano: span.start,
         end_time_unix_nano: span.end,

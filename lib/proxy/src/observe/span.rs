@@ -35,7 +35,7 @@ pub struct Span {
     /// Its name: few different ones.
     pub name: &'static str,
     /// Its side.
-    pub kind: Kind,
+    pub kind: SpanKind,
     /// Nanoseconds since 1970.
     pub start: u64,
     /// Nanoseconds since 1970.
@@ -50,13 +50,37 @@ pub struct Span {
 
 /// On which side of a call a span is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Kind {
+pub enum SpanKind {
     /// Neither.
     Internal,
     /// It answers.
     Server,
     /// It asks.
     Client,
+}
+
+/// The span of a request that is answered, until it is over.
+#[derive(Debug)]
+pub struct ServerSpan {
+    trace: TraceId,
+    parent: Option<SpanId>,
+    id: SpanId,
+    name: &'static str,
+    started: SystemTime,
+    attributes: Vec<(&'static str, Value)>,
+}
+
+/// How a request that is answered ended.
+#[derive(Clone, Copy, Debug)]
+pub struct Ended {
+    /// From its first byte to the last one of the response.
+    pub took: Duration,
+    /// Of the response.
+    pub status: u16,
+    /// Bytes of the request's body.
+    pub sent: u64,
+    /// Bytes of the response's body.
+    pub received: u64,
 }
 
 /// Decides which requests are traced, and sends their spans. Cloning shares what is behind it.
@@ -86,15 +110,13 @@ pub fn method_name(method: &Method) -> (&'static str, &'static str) {
 }
 
 /// A time as spans have it.
-#[must_use]
-pub fn unix_nanos(time: SystemTime) -> u64 {
+fn unix_nanos(time: SystemTime) -> u64 {
     let since = time.duration_since(SystemTime::UNIX_EPOCH).unwrap_or(Duration::ZERO);
     u64::try_from(since.as_nanos()).unwrap_or(u64::MAX)
 }
 
 /// What OpenTelemetry's conventions say of a request that is answered. The query is left out: secrets stand there.
-#[must_use]
-pub fn server_attributes<B>(request: &Request<B>, peer: &Peer, scheme: &str) -> Vec<(&'static str, Value)> {
+fn server_attributes<B>(request: &Request<B>, peer: &Peer, scheme: &str) -> Vec<(&'static str, Value)> {
     let text = |value: &str| Value::Text(value.to_owned());
     let headers = request.headers();
     let header = |name| headers.get(name).and_then(|value| value.to_str().ok());
@@ -127,6 +149,85 @@ const fn version(version: Version) -> &'static str {
         Version::HTTP_10 => "1.0",
         Version::HTTP_2 => "2",
         _ => "1.1",
+    }
+}
+
+// === impl ServerSpan ===
+
+impl ServerSpan {
+    /// Begins where the request does; `None` if it is not recorded. Who comes next is told of `next`, or of this span if there is
+    /// none between.
+    pub fn begin<B>(
+        tracer: &Tracer,
+        request: &mut Request<B>,
+        peer: &Peer,
+        scheme: &str,
+        next: Option<SpanId>,
+    ) -> Option<Self> {
+        let (trace, parent) = tracer.join(request.headers_mut())?;
+        let attributes = server_attributes(request, peer, scheme);
+        let (name, _) = method_name(request.method());
+        let id = SpanId::random();
+        Context { trace, span: next.unwrap_or(id), sampled: true }.write(request.headers_mut());
+        Some(Self { trace, parent, id, name, started: SystemTime::now(), attributes })
+    }
+
+    /// A span of the same trace, from and to so long after the request came.
+    #[must_use]
+    pub fn part(
+        &self,
+        tracer: &Tracer,
+        (id, parent): (SpanId, SpanId),
+        (name, kind): (&'static str, SpanKind),
+        [from, to]: [Duration; 2],
+    ) -> Span {
+        Span {
+            trace: self.trace,
+            id,
+            parent: Some(parent),
+            name,
+            kind,
+            start: unix_nanos(self.started + from),
+            end: unix_nanos(self.started + to),
+            attributes: Vec::new(),
+            failed: false,
+            resource: Arc::clone(tracer.resource()),
+        }
+    }
+
+    /// Itself, as a parent.
+    #[must_use]
+    pub const fn id(&self) -> SpanId {
+        self.id
+    }
+
+    /// Its name.
+    #[must_use]
+    pub const fn name(&self) -> &'static str {
+        self.name
+    }
+
+    /// Sends it.
+    pub fn finish(self, tracer: &Tracer, ended: &Ended) {
+        let Ended { took, status, sent, received } = *ended;
+        let number = |number: u64| Value::Number(i64::try_from(number).unwrap_or(i64::MAX));
+        let failed = status >= 500;
+        let mut attributes = self.attributes;
+        attributes.push(("http.response.status_code", Value::Number(status.into())));
+        attributes.extend(failed.then(|| ("error.type", Value::Text(status.to_string()))));
+        attributes.extend([("http.request.body.size", number(sent)), ("http.response.body.size", number(received))]);
+        tracer.send(Span {
+            trace: self.trace,
+            id: self.id,
+            parent: self.parent,
+            name: self.name,
+            kind: SpanKind::Server,
+            start: unix_nanos(self.started),
+            end: unix_nanos(self.started + took),
+            attributes,
+            failed,
+            resource: Arc::clone(tracer.resource()),
+        });
     }
 }
 

@@ -5,11 +5,12 @@
 //! `{{.Request.Header.Get "Name"}}` give a header. Conditions, loops and variables are refused: whoever has asked for them
 //! is told, and gets lines of the default shape.
 
-use std::fmt::Write as _;
+use std::{fmt::Write as _, net::SocketAddr};
 
 use http::{HeaderName, Request, Version, header};
 
 use super::trace_id;
+use crate::head::host;
 
 /// A template that was read.
 #[derive(Clone, Debug)]
@@ -98,6 +99,17 @@ enum Escape {
     Query,
 }
 
+// === impl Facts ===
+
+impl Facts {
+    /// What OpenTelemetry calls the service: the first of these that there is.
+    #[must_use]
+    pub fn service_name(&self) -> &str {
+        let names = [&self.service, &self.configuration, &self.revision, &self.pod];
+        names.into_iter().find(|name| !name.is_empty()).map_or("", String::as_str)
+    }
+}
+
 // === impl Template ===
 
 impl Template {
@@ -137,7 +149,7 @@ impl Template {
 
     /// The line of a request that has come from `peer`, as far as it is known.
     #[must_use]
-    pub fn draft<B: hyper::body::Body>(&self, request: &Request<B>, peer: &str, facts: &Facts) -> Draft {
+    pub fn draft<B: hyper::body::Body>(&self, request: &Request<B>, peer: SocketAddr, facts: &Facts) -> Draft {
         let mut draft = Draft { text: String::with_capacity(512), holes: Vec::with_capacity(4) };
         for piece in &self.pieces {
             match piece {
@@ -214,7 +226,7 @@ impl Early {
         out: &mut String,
         escape: Escape,
         request: &Request<B>,
-        peer: &str,
+        peer: SocketAddr,
         facts: &Facts,
     ) {
         let header = |name: &HeaderName| request.headers().get(name).map_or(&[][..], |value| value.as_bytes());
@@ -224,7 +236,7 @@ impl Early {
             Self::RequestUri => escape.write(out, request.uri().path_and_query().map_or("/", |target| target.as_str())),
             Self::Path => escape.write(out, request.uri().path()),
             Self::Host => match request.uri().authority() {
-                Some(authority) => escape.write(out, authority.as_str()),
+                Some(authority) => escape.write(out, host(authority)),
                 None => escape.write(out, &text(&header::HOST)),
             },
             Self::Proto => escape.write(out, proto(request.version())),
@@ -235,7 +247,7 @@ impl Early {
             }
             Self::UserAgent => escape.write(out, &text(&header::USER_AGENT)),
             Self::Referer => escape.write(out, &text(&header::REFERER)),
-            Self::RemoteAddr => escape.write(out, peer),
+            Self::RemoteAddr => escape.write(out, &peer.to_string()),
             Self::Header(name) => escape.write(out, &text(name)),
             Self::TraceId => escape.write(out, trace_id(request.headers())),
             Self::Fact(fact) => escape.write(out, fact(facts)),
@@ -272,7 +284,7 @@ impl Draft {
         }
         line.push_str(&self.text[from..]);
         // One line per request, whatever the template says.
-        line.replace('\n', " ")
+        if line.contains('\n') { line.replace('\n', " ") } else { line }
     }
 }
 
@@ -347,14 +359,16 @@ mod tests {
     const RESPONSE: Response = Response { status: 201, bytes: 7, seconds: 0.25 };
 
     fn line(template: &str) -> Result<String, TemplateError> {
-        let request = Request::post("http://a.example/x?q=1&r='2'")
+        let request = Request::post("http://u:p@a.example/x?q=1&r='2'")
             .header("user-agent", "curl \"8\"")
             .header("x-many", "m")
             .header("traceparent", "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01")
             .body(Full::new(bytes::Bytes::from_static(b"body")))
             .expect("a request");
         let facts = Facts { revision: "r".into(), address: "10.0.0.7".into(), ..Facts::default() };
-        Ok(Template::parse(template)?.draft(&request, "1.2.3.4:5", &facts).finish(&RESPONSE))
+        Ok(Template::parse(template)?
+            .draft(&request, "1.2.3.4:5".parse().expect("an address"), &facts)
+            .finish(&RESPONSE))
     }
 
     #[test]

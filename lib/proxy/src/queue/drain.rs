@@ -1,8 +1,8 @@
 //! The end of a pod: probes fail first, so that traffic stays away, and it is over when traffic has.
 //!
 //! `Open => Draining` on SIGTERM, or when the container's preStop hook asks. `Draining => Draining` with each request: the
-//! quiet time counts anew. `Draining => Open` if a hook has asked and no SIGTERM follows: the container alone is
-//! restarted. `Draining => Drained` after the quiet time, for good.
+//! quiet time counts anew. `Draining => Drained` after the quiet time. Either `=> Open` if a hook has asked and no SIGTERM
+//! follows: the container alone is restarted, and its pod must not fail probes for ever. After a SIGTERM there is no way back.
 
 use std::{
     pin::pin,
@@ -150,5 +150,35 @@ impl Drain {
 
     fn lock(&self) -> MutexGuard<'_, Inner> {
         self.inner.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Hooks one after another, each within the time of the last one: the pod is drained before it is known whether it ends.
+    async fn drained_by_hooks(drain: &Arc<Drain>) {
+        let first = tokio::spawn({
+            let drain = Arc::clone(drain);
+            async move { Drain::wait(&drain).await }
+        });
+        sleep(TERM / 2).await;
+        Drain::wait(drain).await;
+        first.await.unwrap();
+        assert_eq!(drain.lock().state, State::Drained);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_drained_pod_opens_again_if_only_its_container_was_restarted() {
+        for terminates in [false, true] {
+            let drain = Arc::new(Drain::new(TERM));
+            drained_by_hooks(&drain).await;
+            if terminates {
+                drain.terminate();
+            }
+            sleep(TERM).await;
+            assert_eq!(drain.draining(), terminates);
+        }
     }
 }

@@ -34,12 +34,12 @@ pub(super) struct Meters {
 
 /// What distinguishes series: method, version, tag and status in one number.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Kind(u32);
+pub(super) struct SeriesKey(u32);
 
 /// One request, over.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Sample {
-    pub(super) kind: Kind,
+    pub(super) key: SeriesKey,
     /// From its first byte to the last one of the response.
     pub(super) whole: Duration,
     /// The same without the time in line; none if it has never left the line.
@@ -59,7 +59,7 @@ struct Table {
 
 #[derive(Debug)]
 struct Series {
-    kind: Kind,
+    key: SeriesKey,
     duration: Durations,
     sent: Sizes,
     received: Sizes,
@@ -88,9 +88,9 @@ const METHODS: [&str; 10] = ["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "C
 /// What a route's tag is where the ingress names none, in the order of [`tag`], and of names that had no room.
 const TAG_WORDS: [&str; 4] = ["kn:disabled", "kn:default", "kn:undefined", "kn:other"];
 
-// === impl Kind ===
+// === impl SeriesKey ===
 
-impl Kind {
+impl SeriesKey {
     fn new(method: &Method, version: Version, tag: usize) -> Self {
         let (_, name) = method_name(method);
         let method = METHODS.iter().position(|known| *known == name).unwrap_or(METHODS.len() - 1);
@@ -138,8 +138,6 @@ impl Kind {
 
 impl Meters {
     pub(super) fn new(facts: &Facts, port: u16, user: std::net::SocketAddr) -> Self {
-        let service = [&facts.service, &facts.configuration, &facts.revision, &facts.pod];
-        let service = service.into_iter().find(|name| !name.is_empty()).map_or("", String::as_str);
         let version = env!("CARGO_PKG_VERSION");
         let labels = [
             ("container_name", "queue-proxy"),
@@ -149,7 +147,7 @@ impl Meters {
             ("kn_revision_name", &facts.revision),
             ("kn_service_name", &facts.service),
             ("service_instance_id", &facts.pod),
-            ("service_name", service),
+            ("service_name", facts.service_name()),
             ("service_version", version),
             ("telemetry_sdk_language", "rust"),
             ("telemetry_sdk_name", "lifl"),
@@ -167,13 +165,13 @@ impl Meters {
     }
 
     /// What kind of request it is, but for its status.
-    pub(super) fn kind<B>(&self, request: &http::Request<B>) -> Kind {
-        Kind::new(request.method(), request.version(), self.tag(request.headers()))
+    pub(super) fn key<B>(&self, request: &http::Request<B>) -> SeriesKey {
+        SeriesKey::new(request.method(), request.version(), self.tag(request.headers()))
     }
 
     pub(super) fn add(&self, sample: &Sample) {
         let nanos = |time: Duration| u64::try_from(time.as_nanos()).unwrap_or(u64::MAX);
-        let series = self.table().series(sample.kind);
+        let series = self.table().series(sample.key);
         series.duration.add(nanos(sample.whole));
         series.sent.add(sample.sent);
         series.received.add(sample.received);
@@ -215,12 +213,12 @@ impl Meters {
     }
 
     /// Labels of a series; those that its name begins with come first, as OpenTelemetry's exporter sorts them.
-    fn labels(&self, kind: Kind, failed: bool, server: &str) -> String {
+    fn labels(&self, key: SeriesKey, failed: bool, server: &str) -> String {
         let Some(table) = self.table.get() else { return String::new() };
-        if kind == Kind(u32::MAX) {
+        if key == SeriesKey(u32::MAX) {
             return format!("otel_metric_overflow=\"true\",{HTTP_SCOPE}");
         }
-        let (method, status, version, tag) = (kind.method(), kind.status(), kind.version(), table.tag_of(kind.tag()));
+        let (method, status, version, tag) = (key.method(), key.status(), key.version(), table.tag_of(key.tag()));
         let (error, status) = match failed {
             true => (format!("error_type=\"{status}\","), String::new()),
             false => (String::new(), format!("http_response_status_code=\"{status}\",")),
@@ -244,32 +242,32 @@ impl Meters {
         let clients = || {
             self.all().flat_map(|series| {
                 let both = [(&series.answered, false), (&series.failed, true)];
-                both.into_iter().filter_map(|(client, failed)| Some((client.get()?, series.kind, failed)))
+                both.into_iter().filter_map(|(client, failed)| Some((client.get()?, series.key, failed)))
             })
         };
-        let labels = |kind, failed| self.labels(kind, failed, &self.client);
+        let labels = |key, failed| self.labels(key, failed, &self.client);
         let (size, time) = ("http_client_request_body_size_bytes", "http_client_request_duration_seconds");
-        family(out, size, "Size of HTTP client request bodies.", clients(), |out, (client, kind, failed)| {
-            client.sent.read().write(out, size, &labels(kind, failed));
+        family(out, size, "Size of HTTP client request bodies.", clients(), |out, (client, key, failed)| {
+            client.sent.read().write(out, size, &labels(key, failed));
         });
-        family(out, time, "Duration of HTTP client requests.", clients(), |out, (client, kind, failed)| {
-            client.duration.read().write(out, time, &labels(kind, failed));
+        family(out, time, "Duration of HTTP client requests.", clients(), |out, (client, key, failed)| {
+            client.duration.read().write(out, time, &labels(key, failed));
         });
     }
 
     fn servers(&self, out: &mut String) {
-        let labels = |kind| self.labels(kind, false, &self.server);
+        let labels = |key| self.labels(key, false, &self.server);
         let name = "http_server_request_body_size_bytes";
         family(out, name, "Size of HTTP server request bodies.", self.all(), |out, series| {
-            series.sent.read().write(out, name, &labels(series.kind));
+            series.sent.read().write(out, name, &labels(series.key));
         });
         let name = "http_server_request_duration_seconds";
         family(out, name, "Duration of HTTP server requests.", self.all(), |out, series| {
-            series.duration.read().write(out, name, &labels(series.kind));
+            series.duration.read().write(out, name, &labels(series.key));
         });
         let name = "http_server_response_body_size_bytes";
         family(out, name, "Size of HTTP server response bodies.", self.all(), |out, series| {
-            series.received.read().write(out, name, &labels(series.kind));
+            series.received.read().write(out, name, &labels(series.key));
         });
     }
 
@@ -279,7 +277,7 @@ impl Meters {
         for series in self.all() {
             let app = series.app.read();
             if app.count() > 0 {
-                let status = if series.kind == Kind(u32::MAX) { 0 } else { series.kind.status() };
+                let status = if series.key == SeriesKey(u32::MAX) { 0 } else { series.key.status() };
                 by_status.entry(status).and_modify(|sum| sum.add(&app)).or_insert(app);
             }
         }
@@ -323,16 +321,16 @@ impl Table {
         })
     }
 
-    fn series(&self, kind: Kind) -> &Series {
-        let first = kind.slot();
+    fn series(&self, key: SeriesKey) -> &Series {
+        let first = key.slot();
         for step in 0..SERIES {
             let slot = &self.series[(first + step) % SERIES];
-            let series = slot.get_or_init(|| Box::new(Series::new(kind)));
-            if series.kind == kind {
+            let series = slot.get_or_init(|| Box::new(Series::new(key)));
+            if series.key == key {
                 return series;
             }
         }
-        self.rest.get_or_init(|| Box::new(Series::new(Kind(u32::MAX))))
+        self.rest.get_or_init(|| Box::new(Series::new(SeriesKey(u32::MAX))))
     }
 
     fn tag(&self, name: &[u8]) -> usize {
@@ -354,9 +352,9 @@ impl Table {
 // === impl Series ===
 
 impl Series {
-    fn new(kind: Kind) -> Self {
+    fn new(key: SeriesKey) -> Self {
         Self {
-            kind,
+            key,
             duration: Durations::new(&DURATIONS),
             sent: Sizes::new(&SIZES),
             received: Sizes::new(&SIZES),
@@ -384,9 +382,9 @@ mod tests {
         Meters::new(&facts, 8012, "127.0.0.1:8080".parse().expect("an address"))
     }
 
-    fn sample(kind: Kind) -> Sample {
+    fn sample(key: SeriesKey) -> Sample {
         let some = Duration::from_millis(1);
-        Sample { kind, whole: some, app: Some(some), head: Some(some), sent: 1, received: 2 }
+        Sample { key, whole: some, app: Some(some), head: Some(some), sent: 1, received: 2 }
     }
 
     fn request(method: &str, tag: &str, default: &str) -> http::Request<()> {
@@ -400,8 +398,8 @@ mod tests {
     fn series_and_tags_are_bounded_whatever_clients_send() {
         let meters = meters();
         for number in 0..100_u16 {
-            let kind = meters.kind(&request("BREW", &format!("tag-{number}"), ""));
-            meters.add(&sample(kind.with(200 + number % 7)));
+            let key = meters.key(&request("BREW", &format!("tag-{number}"), ""));
+            meters.add(&sample(key.with(200 + number % 7)));
         }
         let text = meters.text(None);
         let tags: std::collections::BTreeSet<&str> =
@@ -419,7 +417,7 @@ mod tests {
     fn more_kinds_than_series_are_added_up() {
         let meters = meters();
         for status in 200..300 {
-            meters.add(&sample(meters.kind(&request("GET", "", "")).with(status)));
+            meters.add(&sample(meters.key(&request("GET", "", "")).with(status)));
         }
         let text = meters.text(None);
         let rest = text
@@ -440,8 +438,8 @@ mod tests {
             ("blue", "false", "blue"),
         ];
         for (tag, default, expected) in rows {
-            let kind = meters.kind(&request("GET", tag, default));
-            assert_eq!(meters.table().tag_of(kind.tag()), expected, "{tag} {default}");
+            let key = meters.key(&request("GET", tag, default));
+            assert_eq!(meters.table().tag_of(key.tag()), expected, "{tag} {default}");
         }
     }
 }

@@ -2,7 +2,7 @@
 
 use http::{HeaderMap, HeaderName, Response, StatusCode, header::USER_AGENT};
 
-use crate::{reply, upstream::Body};
+use crate::{head::text, reply, upstream::Body};
 
 /// Whom a probe is for.
 pub const K_NETWORK_PROBE: HeaderName = HeaderName::from_static("k-network-probe");
@@ -72,8 +72,4 @@ pub(super) fn healthy() -> Response<Body> {
 
 pub(super) fn shutting_down() -> Response<Body> {
     reply::error(StatusCode::SERVICE_UNAVAILABLE, "shutting down")
-}
-
-fn text<'a>(headers: &'a HeaderMap, name: &HeaderName) -> &'a str {
-    headers.get(name).and_then(|value| value.to_str().ok()).unwrap_or_default()
 }

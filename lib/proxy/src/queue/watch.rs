@@ -1,17 +1,17 @@
 //! What is seen of one pod's requests: figures, a line, spans; each only where it was asked for.
 
-use std::{net::SocketAddr, sync::Arc, time::SystemTime};
+use std::{net::SocketAddr, sync::Arc, time::Duration};
 
 use http::{Request, StatusCode};
 use hyper::body::Body as _;
 use tokio::time::Instant;
 
-use super::meters::{Kind as MeterKind, Meters, Sample};
+use super::meters::{Meters, Sample, SeriesKey};
 use crate::{
     head::Peer,
     observe::{
-        Context, Draft, Facts, GONE, Kind, Lines, Resource, Response, Span, SpanId, Template, TraceId, Tracer, Upload,
-        Value, method_name, server_attributes, unix_nanos,
+        Draft, Ended, Facts, GONE, Lines, Resource, Response, ServerSpan, Span, SpanId, SpanKind, Template, Tracer,
+        Upload, Value, method_name,
     },
     upstream::{Body, Keep},
 };
@@ -65,7 +65,7 @@ pub(super) struct Seen {
     headed: Option<Instant>,
     status: Option<StatusCode>,
     /// None: a probe, of which there is a line at most.
-    kind: Option<MeterKind>,
+    key: Option<SeriesKey>,
     upload: Upload,
     bytes: u64,
     draft: Option<Draft>,
@@ -75,33 +75,17 @@ pub(super) struct Seen {
 /// A request's spans.
 #[derive(Debug)]
 struct Trail {
-    trace: TraceId,
-    parent: Option<SpanId>,
-    server: SpanId,
-    proxy: SpanId,
+    server: ServerSpan,
     client: SpanId,
-    started: SystemTime,
-    name: &'static str,
     method: &'static str,
     path: String,
-    attributes: Vec<(&'static str, Value)>,
-}
-
-/// How a request went.
-struct Over {
-    begun: u64,
-    admitted: Option<u64>,
-    end: u64,
-    status: u16,
 }
 
 /// A pod as the source of spans.
 #[must_use]
 pub fn resource(facts: &Facts) -> Resource {
-    let service = [&facts.service, &facts.configuration, &facts.revision, &facts.pod];
-    let service = service.into_iter().find(|name| !name.is_empty()).cloned().unwrap_or_default();
     let all = [
-        ("service.name", service),
+        ("service.name", facts.service_name().to_owned()),
         ("service.version", env!("CARGO_PKG_VERSION").to_owned()),
         ("service.instance.id", facts.pod.clone()),
         ("k8s.container.name", "queue-proxy".to_owned()),
@@ -136,9 +120,9 @@ impl Watch {
 
     /// A request begins. Its head becomes what the user's container is to see of the trace.
     pub(super) fn begin(self: &Arc<Self>, request: &mut Request<Body>, peer: &Peer) -> Seen {
-        let kind = self.meters.as_ref().map(|meters| meters.kind(request));
+        let key = self.meters.as_ref().map(|meters| meters.key(request));
         let trail = self.traces.as_ref().and_then(|tracer| Trail::begin(tracer, request, peer)).map(Box::new);
-        self.seen(request, peer, kind, trail)
+        self.seen(request, peer, key, trail)
     }
 
     /// A probe begins, if probes have lines.
@@ -150,13 +134,13 @@ impl Watch {
         self: &Arc<Self>,
         request: &mut Request<Body>,
         peer: &Peer,
-        kind: Option<MeterKind>,
+        key: Option<SeriesKey>,
         trail: Option<Box<Trail>>,
     ) -> Seen {
-        let draft = (self.log.as_ref()).map(|log| log.template.draft(request, &peer.addr.to_string(), &self.facts));
+        let draft = (self.log.as_ref()).map(|log| log.template.draft(request, peer.addr, &self.facts));
         let upload = Upload::of(request);
         let (begun, watch) = (Instant::now(), Arc::clone(self));
-        Seen { watch, begun, admitted: None, headed: None, status: None, kind, upload, bytes: 0, draft, trail }
+        Seen { watch, begun, admitted: None, headed: None, status: None, key, upload, bytes: 0, draft, trail }
     }
 }
 
@@ -196,20 +180,20 @@ impl Drop for Seen {
         let status = self.status.map_or(GONE, |status| status.as_u16());
         let sent = self.upload.bytes();
         let watch = &self.watch;
-        if let (Some(meters), Some(kind)) = (&watch.meters, self.kind) {
+        if let (Some(meters), Some(key)) = (&watch.meters, self.key) {
             let app = self.admitted.map(|at| end.saturating_duration_since(at));
             let head = self.admitted.zip(self.headed).map(|(from, to)| to.saturating_duration_since(from));
             let whole = end.saturating_duration_since(self.begun);
-            meters.add(&Sample { kind: kind.with(status), whole, app, head, sent, received: self.bytes });
+            meters.add(&Sample { key: key.with(status), whole, app, head, sent, received: self.bytes });
         }
         if let (Some(log), Some(draft)) = (&watch.log, &self.draft) {
             let seconds = end.saturating_duration_since(self.begun).as_secs_f64();
             log.lines.push(&draft.finish(&Response { status, bytes: self.bytes, seconds }));
         }
         if let (Some(tracer), Some(trail)) = (&watch.traces, self.trail.take()) {
-            let at = |time: Instant| unix_nanos(trail.started + time.saturating_duration_since(self.begun));
-            let over = Over { begun: at(self.begun), admitted: self.admitted.map(at), end: at(end), status };
-            (*trail).send(tracer, watch, &over, sent, self.bytes);
+            let since = |time: Instant| time.saturating_duration_since(self.begun);
+            let ended = Ended { took: since(end), status, sent, received: self.bytes };
+            (*trail).send(tracer, watch, self.admitted.map(since), &ended);
         }
     }
 }
@@ -218,62 +202,36 @@ impl Drop for Seen {
 
 impl Trail {
     fn begin(tracer: &Tracer, request: &mut Request<Body>, peer: &Peer) -> Option<Self> {
-        let (trace, parent) = tracer.join(request.headers_mut())?;
-        let attributes = server_attributes(request, peer, "http");
-        let (name, method) = method_name(request.method());
-        let [server, proxy, client] = std::array::from_fn(|_| SpanId::random());
-        Context { trace, span: client, sampled: true }.write(request.headers_mut());
-        let (started, path) = (SystemTime::now(), request.uri().path().to_owned());
-        Some(Self { trace, parent, server, proxy, client, started, name, method, path, attributes })
+        let client = SpanId::random();
+        let server = ServerSpan::begin(tracer, request, peer, "http", Some(client))?;
+        let (_, method) = method_name(request.method());
+        Some(Self { server, client, method, path: request.uri().path().to_owned() })
     }
 
     /// Four spans: the whole, what queue-proxy calls so, the time in line, the request to the user's container.
-    fn send(mut self, tracer: &Tracer, watch: &Watch, over: &Over, sent: u64, received: u64) {
-        let number = |number: u64| Value::Number(i64::try_from(number).unwrap_or(i64::MAX));
-        let Over { begun, admitted, end, status } = *over;
-        let result = |from: u16| {
-            let failed = status >= from;
-            let error = failed.then(|| ("error.type", Value::Text(status.to_string())));
-            [Some(("http.response.status_code", Value::Number(status.into()))), error].into_iter().flatten()
-        };
-        let span = |id, parent, name, kind, (start, end), attributes, failed| Span {
-            trace: self.trace,
-            id,
-            parent,
-            name,
-            kind,
-            start,
-            end,
-            attributes,
-            failed,
-            resource: Arc::clone(tracer.resource()),
-        };
+    fn send(self, tracer: &Tracer, watch: &Watch, admitted: Option<Duration>, ended: &Ended) {
+        let Self { server, client, method, path } = self;
+        let Ended { took, status, .. } = *ended;
+        let (begun, proxy) = (Duration::ZERO, SpanId::random());
         if let Some(admitted) = admitted {
+            let failed = status >= 400;
             let mut attributes = vec![
-                ("http.request.method", Value::Text(self.method.to_owned())),
+                ("http.request.method", Value::Text(method.to_owned())),
                 ("server.address", Value::Text(watch.user.ip().to_string())),
                 ("server.port", Value::Number(watch.user.port().into())),
-                ("url.full", Value::Text(format!("http://{}{}", watch.user, self.path))),
+                ("url.full", Value::Text(format!("http://{}{path}", watch.user))),
+                ("http.response.status_code", Value::Number(status.into())),
             ];
-            attributes.extend(result(400));
-            let parent = Some(self.proxy);
-            let times = (admitted, end);
-            tracer.send(span(self.client, parent, self.name, Kind::Client, times, attributes, status >= 400));
+            attributes.extend(failed.then(|| ("error.type", Value::Text(status.to_string()))));
+            let part = server.part(tracer, (client, proxy), (server.name(), SpanKind::Client), [admitted, took]);
+            tracer.send(Span { attributes, failed, ..part });
         }
         if watch.waits {
-            let times = (begun, admitted.unwrap_or(end));
-            let (id, parent) = (SpanId::random(), Some(self.proxy));
-            tracer.send(span(id, parent, "kn.queueproxy.wait", Kind::Internal, times, Vec::new(), false));
+            let what = ("kn.queueproxy.wait", SpanKind::Internal);
+            tracer.send(server.part(tracer, (SpanId::random(), proxy), what, [begun, admitted.unwrap_or(took)]));
         }
-        let (times, parent) = ((begun, end), Some(self.server));
-        tracer.send(span(self.proxy, parent, "kn.queueproxy.proxy", Kind::Internal, times, Vec::new(), false));
-        let mut attributes = std::mem::take(&mut self.attributes);
-        attributes.extend(result(500));
-        attributes.extend([("http.request.body.size", number(sent)), ("http.response.body.size", number(received))]);
-        let span = Span {
-            attributes,
-            ..span(self.server, self.parent, self.name, Kind::Server, times, Vec::new(), status >= 500)
-        };
-        tracer.send(span);
+        let what = ("kn.queueproxy.proxy", SpanKind::Internal);
+        tracer.send(server.part(tracer, (proxy, server.id()), what, [begun, took]));
+        server.finish(tracer, ended);
     }
 }

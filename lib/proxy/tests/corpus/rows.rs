@@ -230,6 +230,7 @@ const STREAMS: &[(&str, &str)] = &[
     ("line feeds between", "GET /{t}/a HTTP/1.1\r\nHost: h\r\n\r\n\r\n\r\nGET /{t}/b HTTP/1.1\r\nHost: h\r\n\r\n"),
     ("bare line feeds", "GET /{t}/a HTTP/1.1\nHost: h\n\n"),
     ("no host", "GET /{t}/a HTTP/1.1\r\n\r\n"),
+    ("no host by http/1.0", "GET /{t}/a HTTP/1.0\r\n\r\n"),
     ("empty host", "GET /{t}/a HTTP/1.1\r\nHost:\r\n\r\n"),
     ("two hosts", "GET /{t}/a HTTP/1.1\r\nHost: h\r\nHost: h\r\n\r\n"),
     ("host with a space", "GET /{t}/a HTTP/1.1\r\nHost: h h\r\n\r\n"),

@@ -4,7 +4,7 @@ use std::sync::atomic::Ordering;
 
 use lifl_proxy::{
     Direct, Pool, PoolLimits,
-    observe::{Collector as Address, Exporter, SpanCounts, Tracer, Wire},
+    observe::{CollectorAddress, Exporter, SpanCounts, Tracer, Wire},
     queue::{Observe, resource},
 };
 
@@ -18,7 +18,7 @@ const PARENT: &str = "b7ad6b7169203331";
 
 fn tracer(at: std::net::SocketAddr, wire: Wire, sample: f64, counts: &SpanCounts) -> Tracer {
     let pool = Pool::new(Direct, PoolLimits::default());
-    let address = Address::parse(&format!("http://{at}"), wire).expect("an address");
+    let address = CollectorAddress::parse(&format!("http://{at}"), wire).expect("an address");
     Tracer::new(Exporter::start(&pool, 0, address, counts), resource(&facts()), sample)
 }
 
