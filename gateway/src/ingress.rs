@@ -40,9 +40,9 @@ mod translate;
 
 pub use backend::{BackendName, Port};
 pub use feed::{FileFault, follow, read, watch_folder};
-pub use rules::{Listener, Name};
+pub use rules::Listener;
 pub use serve::{Gate, Nearby, serve};
 pub use snapshot::{Gateways, Snapshot};
-pub use status::{Entrances, Probed, judge, status};
+pub use status::{Probed, ServiceHosts, judge, status};
 pub use table::{Ingress, Outcome, Report, Settings};
 pub use translate::Fault;

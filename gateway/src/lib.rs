@@ -115,7 +115,7 @@ async fn work(child: Child, mut startup: Startup) -> Result<(), GatewayError> {
     let listener = TcpListener::from_std(listener)?;
     let observers = Observers::new(gateway.config.ingress.as_ref(), gateway.child.registry())?;
     gateway.pods.observe(observers.clone());
-    let entrance = entrance(&gateway, restored.entrances, observers.ingress()).await?;
+    let entrance = entrance(&gateway, restored.ingress_listeners, observers.ingress()).await?;
 
     let (commands, command_queue) = mpsc::unbounded_channel();
     if let Some(socket) = restored.socket {

@@ -17,9 +17,10 @@ use std::{
 };
 
 use arc_swap::ArcSwap;
+use lifl_cluster::Key;
 use lifl_proxy::{Endpoint, Keep};
 
-use super::{metrics::Counters, rules::Name};
+use super::metrics::Counters;
 
 /// Requests that a local address may have more than twice of what a remote one has.
 const SLACK: usize = 4;
@@ -103,8 +104,8 @@ fn less_busy(from: &[Arc<Target>], random: u64) -> Option<&Arc<Target>> {
 
 impl BackendName {
     /// Its service.
-    pub(super) fn of_service(&self) -> Name {
-        Name { namespace: self.namespace.clone(), name: self.service.clone() }
+    pub(super) fn of_service(&self) -> Key {
+        Key { namespace: self.namespace.clone(), name: self.service.clone() }
     }
 }
 

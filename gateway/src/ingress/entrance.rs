@@ -3,7 +3,7 @@
 use std::{collections::BTreeMap, net::TcpListener as StdListener, os::fd::OwnedFd, sync::Arc, time::Duration};
 
 use futures_util::FutureExt as _;
-use lifl_cluster::{Client, Writer};
+use lifl_cluster::{Client, Key, Writer};
 use lifl_proxy::Limits;
 use prometheus::Registry;
 use serde_json::{Value, json};
@@ -13,10 +13,10 @@ use super::{
     feed::{follow, watch_folder},
     kubernetes::{self, PRIVATE, PUBLIC, Scope},
     publish::{self, Me, Told},
-    rules::{Listener, Name},
+    rules::Listener,
     serve::{Gate, serve},
     snapshot::Snapshot,
-    status::Entrances,
+    status::ServiceHosts,
     table::{Ingress, Outcome, Report, Settings},
 };
 use crate::{
@@ -51,7 +51,7 @@ pub(crate) struct Entrance {
 
 /// Says what has become of each Ingress, when it is something else than before.
 #[derive(Debug, Default)]
-struct Teller(BTreeMap<Name, Outcome>);
+struct OutcomeLog(BTreeMap<Key, Outcome>);
 
 // === impl Cluster ===
 
@@ -156,7 +156,7 @@ fn me(config: &IngressConfig, kubernetes: &KubernetesConfig) -> Me {
     let name = |service: &str| format!("{service}.{}.svc.{}", kubernetes.namespace, config.domain);
     Me {
         pod: kubernetes.pod.clone().unwrap_or_else(host),
-        entrances: Entrances { public: name(PUBLIC), private: name(PRIVATE) },
+        hosts: ServiceHosts { public: name(PUBLIC), private: name(PRIVATE) },
     }
 }
 
@@ -173,9 +173,9 @@ async fn rule(
         return;
     }
     rules.mark_changed();
-    let mut teller = Teller::default();
+    let mut log = OutcomeLog::default();
     follow(ingress, rules, move |snapshot, report| {
-        teller.tell(report);
+        log.tell(report);
         sync.send_replace(true);
         if let Some(told) = &told {
             let (kings, gateways) = (snapshot.ingresses.clone(), snapshot.gateways.clone());
@@ -185,9 +185,9 @@ async fn rule(
     .await;
 }
 
-// === impl Teller ===
+// === impl OutcomeLog ===
 
-impl Teller {
+impl OutcomeLog {
     fn tell(&mut self, report: &Report) {
         for (name, (_, outcome)) in &report.ingresses {
             if self.0.get(name) != Some(outcome) {

@@ -4,18 +4,18 @@ use std::{
     collections::{BTreeMap, BTreeSet},
     fs, io,
     net::IpAddr,
-    os::fd::OwnedFd,
     path::{Path, PathBuf},
     sync::Arc,
     time::Duration,
 };
 
-use lifl_api::ingress::{CLASS, CLASS_ANNOTATION, KIngress};
-use rustix::fs::inotify::{self, CreateFlags, WatchFlags};
+use lifl_api::ingress::{CLASS, CLASS_ANNOTATION};
+use lifl_cluster::Key;
+use lifl_daemon::FolderWatch;
+use rustix::fs::inotify::WatchFlags;
 use serde::{Deserialize as _, de::DeserializeOwned};
 use serde_json::{Value, json};
 use tokio::{
-    io::unix::AsyncFd,
     sync::{Semaphore, watch},
     task::JoinSet,
     time::{Instant, sleep, timeout_at},
@@ -24,7 +24,6 @@ use tokio::{
 use super::{
     backend::Backend,
     metrics::Counters,
-    rules::Name,
     snapshot::Snapshot,
     table::{Ingress, Report},
     translate::{Fault, Translated},
@@ -78,7 +77,7 @@ pub enum FileFault {
         /// The file.
         path: PathBuf,
         /// The Ingress.
-        ingress: Name,
+        ingress: Key,
         /// Why.
         error: Fault,
     },
@@ -172,9 +171,10 @@ pub fn read(path: &Path) -> Result<Snapshot, Vec<FileFault>> {
 /// logged; the others go on. Ends when nobody listens.
 ///
 /// # Errors
-/// When the folder cannot be watched.
+/// When the folder cannot be watched, or is gone.
 pub async fn watch_folder(path: PathBuf, snapshots: watch::Sender<Snapshot>) -> io::Result<()> {
-    let events = changes_of(&path)?;
+    let changes = WatchFlags::CLOSE_WRITE | WatchFlags::MOVED_TO | WatchFlags::MOVED_FROM | WatchFlags::DELETE;
+    let events = FolderWatch::new(&path, changes)?;
     let mut folder = Folder::default();
     let mut told = BTreeSet::new();
     loop {
@@ -191,41 +191,13 @@ pub async fn watch_folder(path: PathBuf, snapshots: watch::Sender<Snapshot>) -> 
     }
 }
 
-#[expect(deprecated, reason = "its successor is unsafe for types that lie about their descriptor; an OwnedFd does not")]
-fn changes_of(folder: &Path) -> io::Result<AsyncFd<OwnedFd>> {
-    let events = inotify::init(CreateFlags::CLOEXEC | CreateFlags::NONBLOCK)?;
-    let changes = WatchFlags::CLOSE_WRITE | WatchFlags::MOVED_TO | WatchFlags::MOVED_FROM | WatchFlags::DELETE;
-    inotify::add_watch(&events, folder, changes)?;
-    AsyncFd::new(events)
-}
-
 /// Waits for a change, then until none has come for a moment.
-async fn next(events: &AsyncFd<OwnedFd>) -> io::Result<()> {
-    drain(events).await?;
-    while let Ok(more) = tokio::time::timeout(SETTLE, drain(events)).await {
+async fn next(events: &FolderWatch) -> io::Result<()> {
+    events.changed().await?;
+    while let Ok(more) = tokio::time::timeout(SETTLE, events.changed()).await {
         more?;
     }
     Ok(())
-}
-
-async fn drain(events: &AsyncFd<OwnedFd>) -> io::Result<()> {
-    let mut buffer = [std::mem::MaybeUninit::uninit(); 4096];
-    loop {
-        let mut ready = events.readable().await?;
-        let mut reader = inotify::Reader::new(events.get_ref(), &mut buffer);
-        let mut seen = false;
-        loop {
-            match reader.next() {
-                Ok(_) => seen = true,
-                Err(rustix::io::Errno::AGAIN) => break,
-                Err(error) => return Err(error.into()),
-            }
-        }
-        ready.clear_ready();
-        if seen {
-            return Ok(());
-        }
-    }
 }
 
 fn files(path: &Path) -> io::Result<Vec<PathBuf>> {
@@ -264,14 +236,9 @@ fn read_file(path: &Path, snapshot: &mut Snapshot) -> Vec<FileFault> {
     faults.extend(snapshot.ingresses.iter().filter_map(|king| {
         let none = |name| Arc::new(Backend::new(name, Counters::default()));
         let error = Translated::new(king, none).err()?;
-        Some(FileFault::Rule { path: path.to_owned(), ingress: name_of(king), error })
+        Some(FileFault::Rule { path: path.to_owned(), ingress: Key::of(&**king), error })
     }));
     faults
-}
-
-fn name_of(king: &KIngress) -> Name {
-    let metadata = king.metadata.clone();
-    Name { namespace: metadata.namespace.unwrap_or_default(), name: metadata.name.unwrap_or_default() }
 }
 
 /// Sorts an object, or those of a list, into the snapshot.
@@ -479,7 +446,7 @@ mod tests {
             move |name| resolved(name, Arc::clone(&word))
         };
         let following = tokio::spawn(follow_by(ingress.clone(), receiver, telling, look_up));
-        let of = |host: &str| Name { namespace: "n".into(), name: host.into() };
+        let of = |host: &str| Key { namespace: "n".into(), name: host.into() };
         let in_force = async |host: &str| {
             let began = Instant::now();
             while !ingress.report().ingresses.contains_key(&of(host)) && began.elapsed() < PATIENCE {

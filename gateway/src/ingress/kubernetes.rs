@@ -25,10 +25,7 @@ use tokio::{
     time::{Instant, sleep, sleep_until, timeout},
 };
 
-use super::{
-    rules::Name,
-    snapshot::{SERVICE_LABEL, Snapshot},
-};
+use super::snapshot::{SERVICE_LABEL, Snapshot, same};
 use crate::secrets::{Known, Secrets};
 
 /// What follows a change within this belongs to it.
@@ -78,9 +75,9 @@ struct Named {
 /// What is known of them.
 #[derive(Debug, Default)]
 struct Followed {
-    known: BTreeMap<Name, watch::Receiver<Known>>,
+    known: BTreeMap<Key, watch::Receiver<Known>>,
     /// Those that nobody waits for again: an API server that does not tell of one is not to hold up all others at each change.
-    waited: BTreeSet<Name>,
+    waited: BTreeSet<Key>,
 }
 
 /// Sends snapshots until nobody listens. The first one is sent when everything was listed.
@@ -169,7 +166,7 @@ fn picture(
     kings: &Objects<KIngress>,
     services: &Objects<Service>,
     slices: &Objects<EndpointSlice>,
-) -> (Snapshot, BTreeSet<Name>) {
+) -> (Snapshot, BTreeSet<Key>) {
     let mut out = Snapshot::default();
     let (mut named, mut secrets) = (BTreeSet::new(), BTreeSet::new());
     for (key, king) in kings.iter().filter(|(_, king)| king.class() == Some(scope.class.as_str())) {
@@ -179,7 +176,7 @@ fn picture(
         }
         for tls in &king.spec.tls {
             let namespace = if tls.secret_namespace.is_empty() { &key.namespace } else { &tls.secret_namespace };
-            secrets.insert(Name { namespace: namespace.clone(), name: tls.secret_name.clone() });
+            secrets.insert(Key { namespace: namespace.clone(), name: tls.secret_name.clone() });
         }
         out.ingresses.push(Arc::clone(king));
     }
@@ -217,11 +214,7 @@ fn note(scope: &Scope, slice: &EndpointSlice, public: bool, out: &mut Snapshot) 
     }
 }
 
-/// Objects are shared between snapshots: what is the same is the same in memory.
 fn alike(left: &Snapshot, right: &Snapshot) -> bool {
-    fn same<T>(left: &[Arc<T>], right: &[Arc<T>]) -> bool {
-        left.len() == right.len() && left.iter().zip(right).all(|(left, right)| Arc::ptr_eq(left, right))
-    }
     same(&left.ingresses, &right.ingresses)
         && same(&left.services, &right.services)
         && same(&left.slices, &right.slices)
@@ -251,14 +244,12 @@ impl Stores {
 
 impl Named {
     /// Follows these and no others.
-    fn follow(&mut self, wanted: BTreeSet<Name>) {
+    fn follow(&mut self, wanted: BTreeSet<Key>) {
         let Self { secrets, followed } = self;
         let mut before = std::mem::take(&mut followed.known);
         followed.waited.retain(|name| wanted.contains(name));
         for name in wanted {
-            let known = before
-                .remove(&name)
-                .unwrap_or_else(|| secrets.follow(Key { namespace: name.namespace.clone(), name: name.name.clone() }));
+            let known = before.remove(&name).unwrap_or_else(|| secrets.follow(name.clone()));
             followed.known.insert(name, known);
         }
     }
@@ -295,8 +286,8 @@ impl Followed {
 mod tests {
     use super::*;
 
-    fn name(name: &str) -> Name {
-        Name { namespace: "n".into(), name: name.into() }
+    fn name(name: &str) -> Key {
+        Key { namespace: "n".into(), name: name.into() }
     }
 
     #[tokio::test(start_paused = true)]

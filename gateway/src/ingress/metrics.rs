@@ -13,7 +13,7 @@ use std::{
 use http::StatusCode;
 use lifl_proxy::observe::{Counts, DURATIONS, Durations};
 use prometheus::{
-    HistogramOpts, HistogramVec, IntCounterVec, IntGaugeVec, Opts, Registry,
+    HistogramOpts, HistogramVec, IntCounter, IntCounterVec, IntGaugeVec, Opts, Registry,
     core::{Collector, Desc},
     proto::{self, Bucket, LabelPair, Metric, MetricFamily},
 };
@@ -51,6 +51,8 @@ pub(super) enum Refused {
 #[derive(Debug)]
 pub(super) struct Metrics {
     refused: IntCounterVec,
+    /// The same by listener and reason, looked up once: a flood of requests for nobody is to cost little.
+    refused_by: [[OnceLock<IntCounter>; Refused::COUNT]; Listener::ALL.len()],
     ingresses: IntGaugeVec,
 }
 
@@ -96,6 +98,8 @@ impl Counters {
 // === impl Refused ===
 
 impl Refused {
+    const COUNT: usize = Self::Upstream as usize + 1;
+
     pub(super) const fn label(self) -> &'static str {
         match self {
             Self::Unknown => "unknown",
@@ -114,6 +118,7 @@ impl Metrics {
         let ingresses = Opts::new("lifl_ingress_objects", "Ingresses of our class, by what became of them.");
         let metrics = Self {
             refused: IntCounterVec::new(refused, &["listener", "reason"])?,
+            refused_by: Default::default(),
             ingresses: IntGaugeVec::new(ingresses, &["state"])?,
         };
         registry.register(Box::new(metrics.refused.clone()))?;
@@ -141,7 +146,8 @@ impl Metrics {
     }
 
     pub(super) fn refused(&self, listener: Listener, reason: Refused) {
-        self.refused.with_label_values(&[listener.label(), reason.label()]).inc();
+        let counter = &self.refused_by[listener.index()][reason as usize];
+        counter.get_or_init(|| self.refused.with_label_values(&[listener.label(), reason.label()])).inc();
     }
 }
 

@@ -16,7 +16,7 @@ use std::{
 
 use jiff::Timestamp;
 use lifl_api::ingress::{CLUSTER_LOCAL, EXTERNAL_IP, IngressPath, IngressStatus, KIngress};
-use lifl_cluster::{StatusWrite, Writer};
+use lifl_cluster::{Key, StatusWrite, Writer};
 use tokio::{
     sync::{Semaphore, watch},
     task::{AbortHandle, JoinSet},
@@ -25,9 +25,8 @@ use tokio::{
 
 use super::{
     probe::{Target, all_ready},
-    rules::Name,
     snapshot::Gateways,
-    status::{Entrances, status},
+    status::{ServiceHosts, status},
     table::{Outcome, Report},
 };
 
@@ -49,7 +48,7 @@ pub(super) struct Told {
 pub(super) struct Me {
     /// Name of this gateway's pod.
     pub(super) pod: String,
-    pub(super) entrances: Entrances,
+    pub(super) hosts: ServiceHosts,
 }
 
 /// How far the latest version of an Ingress has come.
@@ -64,15 +63,15 @@ struct Standing {
 
 /// All Ingresses of our class.
 #[derive(Debug, Default)]
-pub(super) struct Standings(BTreeMap<Name, Standing>);
+pub(super) struct Standings(BTreeMap<Key, Standing>);
 
 /// What is to be done.
 #[derive(Clone, Debug, PartialEq)]
 pub(super) enum Action {
     /// Ask these until all have told this hash; in place of what is asked for that Ingress now.
-    Probe { name: Name, hash: String, targets: BTreeSet<Target> },
+    Probe { name: Key, hash: String, targets: BTreeSet<Target> },
     /// Ask no more.
-    Stop(Name),
+    Stop(Key),
     /// Write a status.
     Write { king: Arc<KIngress>, status: Box<IngressStatus> },
 }
@@ -90,7 +89,7 @@ impl Gateways {
 
 impl Standings {
     /// All gateways have told this hash.
-    pub(super) fn probed(&mut self, name: &Name, hash: &str) {
+    pub(super) fn probed(&mut self, name: &Key, hash: &str) {
         if let Some(standing) = self.0.get_mut(name)
             && standing.hash.as_deref() == Some(hash)
         {
@@ -99,7 +98,7 @@ impl Standings {
     }
 
     /// A status was not written.
-    pub(super) fn unwritten(&mut self, name: &Name) {
+    pub(super) fn unwritten(&mut self, name: &Key) {
         if let Some(standing) = self.0.get_mut(name) {
             standing.written = None;
         }
@@ -109,7 +108,7 @@ impl Standings {
     pub(super) fn decide(&mut self, told: &Told, me: &Me, now: Timestamp) -> Vec<Action> {
         let mut out = Vec::new();
         let writes = told.gateways.writer() == Some(me.pod.as_str());
-        let stays = |name: &Name| writes && told.report.ingresses.contains_key(name);
+        let stays = |name: &Key| writes && told.report.ingresses.contains_key(name);
         for (name, standing) in &self.0 {
             if !stays(name) && standing.probing.is_some() {
                 out.push(Action::Stop(name.clone()));
@@ -117,9 +116,7 @@ impl Standings {
         }
         self.0.retain(|name, _| stays(name));
         for king in told.kings.iter().filter(|_| writes) {
-            let metadata = &king.metadata;
-            let (Some(namespace), Some(name)) = (metadata.namespace.clone(), metadata.name.clone()) else { continue };
-            let name = Name { namespace, name };
+            let name = Key::of(&**king);
             let Some((hash, outcome)) = told.report.ingresses.get(&name) else { continue };
             let standing = self.0.entry(name.clone()).or_default();
             standing.step(name, king, (hash, outcome), told, me, now, &mut out);
@@ -134,7 +131,7 @@ impl Standing {
     #[expect(clippy::too_many_arguments, reason = "one call, and each of them is another thing")]
     fn step(
         &mut self,
-        name: Name,
+        name: Key,
         king: &Arc<KIngress>,
         (hash, outcome): (&Option<String>, &Outcome),
         told: &Told,
@@ -148,7 +145,7 @@ impl Standing {
             }
             *self = Self { hash: hash.clone(), written: self.written.take(), ..Self::default() };
         }
-        let settled = is_settled(king, &me.entrances);
+        let settled = is_settled(king, &me.hosts);
         let probed = self.probed || settled;
         match (outcome, hash) {
             (Outcome::Served, Some(hash)) if !probed => {
@@ -165,7 +162,7 @@ impl Standing {
         if settled && matches!(outcome, Outcome::Waiting(_) | Outcome::Missing(_)) {
             return;
         }
-        let status = status(king, outcome, probed, &me.entrances, now);
+        let status = status(king, outcome, probed, &me.hosts, now);
         let version = &king.metadata.resource_version;
         if king.status.as_ref() != Some(&status) && (self.written.is_none() || self.written != *version) {
             self.written.clone_from(version);
@@ -175,15 +172,15 @@ impl Standing {
 }
 
 /// Whether it was said of this version that it is ready, by us: another class may have had it before.
-fn is_settled(king: &KIngress, entrances: &Entrances) -> bool {
+fn is_settled(king: &KIngress, hosts: &ServiceHosts) -> bool {
     king.status.as_ref().is_some_and(|status| {
         let ours = |balancer: &Option<lifl_api::ingress::LoadBalancer>, name: &str| {
             balancer.iter().flat_map(|balancer| &balancer.ingress).any(|entry| entry.domain_internal == name)
         };
         Some(status.observed_generation) == king.metadata.generation
             && status.conditions.iter().any(|condition| condition.kind == "Ready" && condition.status == "True")
-            && ours(&status.public_load_balancer, &entrances.public)
-            && ours(&status.private_load_balancer, &entrances.private)
+            && ours(&status.public_load_balancer, &hosts.public)
+            && ours(&status.private_load_balancer, &hosts.private)
     })
 }
 
@@ -213,7 +210,7 @@ fn targets(king: &KIngress, gateways: &Gateways) -> BTreeSet<Target> {
 /// Keeps statuses until nothing is told any more.
 pub(super) async fn run(writer: Writer, me: Me, mut told: watch::Receiver<Told>) {
     let mut standings = Standings::default();
-    let mut probes: BTreeMap<Name, AbortHandle> = BTreeMap::new();
+    let mut probes: BTreeMap<Key, AbortHandle> = BTreeMap::new();
     let mut probing = JoinSet::new();
     let mut writing = JoinSet::new();
     let places = Arc::new(Semaphore::new(AT_ONCE));
@@ -252,16 +249,15 @@ pub(super) async fn run(writer: Writer, me: Me, mut told: watch::Receiver<Told>)
     }
 }
 
-fn stop(probes: &mut BTreeMap<Name, AbortHandle>, name: &Name) {
+fn stop(probes: &mut BTreeMap<Key, AbortHandle>, name: &Key) {
     if let Some(probe) = probes.remove(name) {
         probe.abort();
     }
 }
 
 /// Writes a status; the name of its Ingress is returned, after a while, if that failed.
-async fn write(writer: Writer, king: Arc<KIngress>, status: IngressStatus, places: Arc<Semaphore>) -> Option<Name> {
-    let metadata = &king.metadata;
-    let name = Name { namespace: metadata.namespace.clone()?, name: metadata.name.clone()? };
+async fn write(writer: Writer, king: Arc<KIngress>, status: IngressStatus, places: Arc<Semaphore>) -> Option<Key> {
+    let name = Key::of(&*king);
     let written = {
         let _place = places.acquire_owned().await.ok()?;
         writer.status(&*king, status).await

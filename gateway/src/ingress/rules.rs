@@ -13,12 +13,12 @@
 
 use std::{
     collections::{BTreeMap, HashMap},
-    fmt,
     sync::Arc,
 };
 
 use http::{HeaderMap, HeaderName, HeaderValue};
 use lifl_api::ingress::HASH_OVERRIDE;
+use lifl_cluster::Key;
 use lifl_proxy::queue::K_NETWORK_HASH;
 
 use super::{
@@ -26,15 +26,6 @@ use super::{
     hosts::{HostName, short_forms},
     translate::Translated,
 };
-
-/// Namespace and name of an Ingress.
-#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub struct Name {
-    /// Its namespace.
-    pub namespace: String,
-    /// Its name.
-    pub name: String,
-}
 
 /// Where a request came in; each has its own part of the rules.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -141,7 +132,7 @@ struct Hosts {
 }
 
 /// Hosts while they are collected: who declared them, and their routes by listener.
-type Drafts<'a> = BTreeMap<&'a str, (&'a Name, [Vec<Routes>; 4])>;
+type Drafts<'a> = BTreeMap<&'a str, (&'a Key, [Vec<Routes>; 4])>;
 
 /// Brings routes into the order in which they are tried.
 pub(super) fn order(routes: &mut [Arc<Route>]) {
@@ -158,14 +149,6 @@ fn merged(parts: Vec<Routes>) -> Option<Routes> {
             order(&mut all);
             Some(all.into())
         }
-    }
-}
-
-// === impl Name ===
-
-impl fmt::Display for Name {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}/{}", self.namespace, self.name)
     }
 }
 
@@ -265,7 +248,7 @@ impl Rules {
 
     /// Puts Ingresses together. Hosts are the first's that declares them; whoever declares one of another is left out
     /// whole and returned with the one that has it. `all` is in the order of precedence.
-    pub(super) fn compile<'a>(all: &'a [Arc<Translated>], domain: &str) -> (Self, Vec<(&'a Name, &'a Name)>) {
+    pub(super) fn compile<'a>(all: &'a [Arc<Translated>], domain: &str) -> (Self, Vec<(&'a Key, &'a Key)>) {
         let mut drafts = Drafts::new();
         let mut conflicts = Vec::new();
         let mut served = Vec::with_capacity(all.len());

@@ -15,12 +15,10 @@ use k8s_openapi::{
     apimachinery::pkg::{apis::meta::v1::ObjectMeta, util::intstr::IntOrString},
 };
 use lifl_api::ingress::KIngress;
+use lifl_cluster::Key;
 use lifl_proxy::{Endpoint, Protocol};
 
-use super::{
-    backend::{BackendName, Port},
-    rules::Name,
-};
+use super::backend::{BackendName, Port};
 
 /// Label by which a slice names its service.
 pub(super) const SERVICE_LABEL: &str = "kubernetes.io/service-name";
@@ -41,7 +39,7 @@ pub struct Snapshot {
     /// Addresses of the external names of services, as far as they are known.
     pub names: BTreeMap<String, Vec<IpAddr>>,
     /// Why secrets that rules name are not among [`secrets`](Self::secrets), where there is more to say than that they are not.
-    pub refused: BTreeMap<Name, String>,
+    pub refused: BTreeMap<Key, String>,
     /// The gateways of the cluster.
     pub gateways: Gateways,
     /// This node's name, where only objects tell it.
@@ -55,6 +53,12 @@ pub struct Gateways {
     pub public: BTreeMap<String, SocketAddr>,
     /// Where each takes those of clients inside.
     pub private: BTreeMap<String, SocketAddr>,
+}
+
+/// Whether both are the same objects in the same order. Objects are shared between snapshots: what is the same is the same in
+/// memory.
+pub(super) fn same<T>(left: &[Arc<T>], right: &[Arc<T>]) -> bool {
+    left.len() == right.len() && left.iter().zip(right).all(|(left, right)| Arc::ptr_eq(left, right))
 }
 
 /// The addresses of a port of a service.

@@ -4,9 +4,10 @@ use http::{HeaderMap, StatusCode};
 use jiff::Timestamp;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
 use lifl_api::ingress::{IngressStatus, KCondition, KIngress, LoadBalancer, LoadBalancerEntry};
+use lifl_cluster::Key;
 use lifl_proxy::queue::K_NETWORK_HASH;
 
-use super::{rules::Name, table::Outcome};
+use super::table::Outcome;
 
 const NETWORK: &str = "NetworkConfigured";
 const BALANCER: &str = "LoadBalancerReady";
@@ -17,7 +18,7 @@ const WAITING: &str = "Waiting for load balancer to be ready";
 
 /// Where clients find the gateways.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Entrances {
+pub struct ServiceHosts {
     /// Name of the service for clients outside, as it is known inside the cluster.
     pub public: String,
     /// Name of the service for clients inside.
@@ -59,20 +60,14 @@ pub fn judge(status: StatusCode, headers: &HeaderMap, hash: &str) -> Probed {
 /// Times stay as they are in the status before where a condition says the same; the result is equal to that status when
 /// there is nothing to write.
 #[must_use]
-pub fn status(
-    king: &KIngress,
-    outcome: &Outcome,
-    probed: bool,
-    entrances: &Entrances,
-    now: Timestamp,
-) -> IngressStatus {
+pub fn status(king: &KIngress, outcome: &Outcome, probed: bool, hosts: &ServiceHosts, now: Timestamp) -> IngressStatus {
     let before = king.status.clone().unwrap_or_default();
     let waiting = |why: String| Says::new("Unknown", "Uninitialized", &format!("{WAITING}{why}"));
     let (network, balancer) = match outcome {
         Outcome::Served if probed => (Says::yes(), Says::yes()),
         Outcome::Served => (Says::yes(), waiting(String::new())),
         Outcome::Missing(backend) => {
-            let Name { namespace, name } = backend.of_service();
+            let Key { namespace, name } = backend.of_service();
             (Says::yes(), waiting(format!(": there is no Service '{namespace}/{name}'")))
         }
         Outcome::Waiting(backend) => (Says::yes(), waiting(format!(": '{backend}' has no ready address"))),
@@ -102,8 +97,8 @@ pub fn status(
     IngressStatus {
         observed_generation: king.metadata.generation.unwrap_or_default(),
         conditions,
-        public_load_balancer: entrance(&entrances.public, before.public_load_balancer),
-        private_load_balancer: entrance(&entrances.private, before.private_load_balancer),
+        public_load_balancer: entrance(&hosts.public, before.public_load_balancer),
+        private_load_balancer: entrance(&hosts.private, before.private_load_balancer),
     }
 }
 
@@ -157,8 +152,8 @@ mod tests {
         .unwrap()
     }
 
-    fn entrances() -> Entrances {
-        Entrances { public: "gateway.ns.svc.cluster.local".into(), private: "inner.ns.svc.cluster.local".into() }
+    fn hosts() -> ServiceHosts {
+        ServiceHosts { public: "gateway.ns.svc.cluster.local".into(), private: "inner.ns.svc.cluster.local".into() }
     }
 
     fn at(text: &str) -> Timestamp {
@@ -166,7 +161,7 @@ mod tests {
     }
 
     fn of(king: &KIngress, outcome: &Outcome, probed: bool, now: &str) -> serde_json::Value {
-        serde_json::to_value(status(king, outcome, probed, &entrances(), at(now))).unwrap()
+        serde_json::to_value(status(king, outcome, probed, &hosts(), at(now))).unwrap()
     }
 
     #[test]
@@ -223,7 +218,7 @@ mod tests {
 
     #[test]
     fn a_conflict_is_told() {
-        let name = Name { namespace: "n".into(), name: "first".into() };
+        let name = Key { namespace: "n".into(), name: "first".into() };
         let ready = of(&king(json!({})), &Outcome::Served, true, "2026-11-23T01:11:30Z");
         let got = of(&king(ready), &Outcome::Conflict(name), false, "2026-11-23T03:00:00Z");
         assert_eq!(got["conditions"][0]["reason"], "DomainConflict");

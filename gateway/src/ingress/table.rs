@@ -12,14 +12,15 @@ use std::{
 use arc_swap::{ArcSwap, Guard};
 use k8s_openapi::api::core::v1::Secret;
 use lifl_api::ingress::{CLASS, KIngress};
+use lifl_cluster::Key;
 use prometheus::Registry;
 use rustls::sign::CertifiedKey;
 
 use super::{
     backend::{Backend, BackendName, Targets},
     metrics::{Counters, Metrics},
-    rules::{Name, Rules},
-    snapshot::{Addresses, Catalog, Snapshot},
+    rules::Rules,
+    snapshot::{Addresses, Catalog, Snapshot, same},
     translate::Translated,
 };
 use crate::tls::{self, ByHost, Certificates};
@@ -51,7 +52,7 @@ pub enum Outcome {
     /// The service of a backend is not there (yet); as [`Outcome::Waiting`] otherwise.
     Missing(BackendName),
     /// Another one has one of its hosts; it is not served.
-    Conflict(Name),
+    Conflict(Key),
     /// It cannot be read, or a certificate is missing. The version before goes on being served.
     Failed(String),
 }
@@ -60,7 +61,7 @@ pub enum Outcome {
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Report {
     /// Of each Ingress of our class, with the hash of its latest version where it has one.
-    pub ingresses: BTreeMap<Name, (Option<String>, Outcome)>,
+    pub ingresses: BTreeMap<Key, (Option<String>, Outcome)>,
     /// External names that rules lead to: whoever resolves them tells them in [`Snapshot::names`].
     pub names: BTreeSet<String>,
 }
@@ -81,11 +82,11 @@ struct Writer {
     targets: Targets,
     backends: HashMap<BackendName, (Arc<Backend>, Addresses)>,
     /// The latest version of each Ingress as it was read.
-    latest: BTreeMap<Name, Version>,
+    latest: BTreeMap<Key, Version>,
     /// What the rules are made of, in order of precedence.
     candidates: Vec<Arc<Translated>>,
-    conflicts: BTreeMap<Name, Name>,
-    secrets: HashMap<Name, Pair>,
+    conflicts: BTreeMap<Key, Key>,
+    secrets: HashMap<Key, Pair>,
     report: Report,
 }
 
@@ -188,10 +189,6 @@ impl Ingress {
     }
 }
 
-fn same(left: &[Arc<Translated>], right: &[Arc<Translated>]) -> bool {
-    left.len() == right.len() && left.iter().zip(right).all(|(left, right)| Arc::ptr_eq(left, right))
-}
-
 // === impl Shared ===
 
 impl Shared {
@@ -218,7 +215,7 @@ impl Writer {
         for king in snapshot.ingresses.iter().filter(|king| king.class() == Some(class)) {
             let metadata = &king.metadata;
             let (Some(namespace), Some(name)) = (metadata.namespace.clone(), metadata.name.clone()) else { continue };
-            let name = Name { namespace, name };
+            let name = Key { namespace, name };
             let alike = |version: &Version| {
                 version.king.spec == king.spec
                     && version.king.metadata.creation_timestamp == king.metadata.creation_timestamp
@@ -260,12 +257,9 @@ impl Writer {
     fn read_secrets(&mut self, snapshot: &Snapshot) {
         let read = self.latest.values().filter_map(|version| version.read.as_ref().ok());
         let named = read.chain(&self.candidates).flat_map(|ingress| ingress.tls.iter().flatten());
-        let named: BTreeSet<Name> = named.map(|certificate| certificate.secret.clone()).collect();
-        let mut there: HashMap<Name, &Arc<Secret>> = HashMap::new();
-        for secret in &snapshot.secrets {
-            let (namespace, name) = (secret.metadata.namespace.clone(), secret.metadata.name.clone());
-            there.insert(Name { namespace: namespace.unwrap_or_default(), name: name.unwrap_or_default() }, secret);
-        }
+        let named: BTreeSet<Key> = named.map(|certificate| certificate.secret.clone()).collect();
+        let there: HashMap<Key, &Arc<Secret>> =
+            snapshot.secrets.iter().map(|secret| (Key::of(&**secret), secret)).collect();
         let mut old = std::mem::take(&mut self.secrets);
         for name in named {
             let old = old.remove(&name);
@@ -277,7 +271,7 @@ impl Writer {
 
     /// The version of each Ingress that is to be served, the first in precedence first.
     fn choose(&self) -> Vec<Arc<Translated>> {
-        let before: HashMap<&Name, &Arc<Translated>> =
+        let before: HashMap<&Key, &Arc<Translated>> =
             self.candidates.iter().map(|ingress| (&ingress.name, ingress)).collect();
         let mut candidates = Vec::with_capacity(self.latest.len());
         for (name, version) in &self.latest {
@@ -353,7 +347,7 @@ impl Writer {
         report
     }
 
-    fn outcome(&self, name: &Name, read: &Translated, catalog: &Catalog<'_>) -> Outcome {
+    fn outcome(&self, name: &Key, read: &Translated, catalog: &Catalog<'_>) -> Outcome {
         if let Some(fault) = self.fault(read) {
             return Outcome::Failed(fault);
         }

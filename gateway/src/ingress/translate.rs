@@ -6,16 +6,17 @@ use http::{HeaderName, HeaderValue};
 use jiff::Timestamp;
 use k8s_openapi::apimachinery::pkg::util::intstr::IntOrString;
 use lifl_api::ingress::{CLUSTER_LOCAL, EXTERNAL_IP, IngressPath, IngressSplit, IngressTls, KIngress, REDIRECTED};
+use lifl_cluster::Key;
 
 use super::{
     backend::{Backend, BackendName, Port},
-    rules::{Action, Listener, Name, Route, Routes, Split, Splits, Wanted, order},
+    rules::{Action, Listener, Route, Routes, Split, Splits, Wanted, order},
 };
 
 /// An Ingress as it is served.
 #[derive(Debug)]
 pub(super) struct Translated {
-    pub(super) name: Name,
+    pub(super) name: Key,
     /// Of the spec that this was read from.
     pub(super) hash: String,
     pub(super) rules: Vec<Rule>,
@@ -38,7 +39,7 @@ pub(super) struct Rule {
 /// Where a certificate is, and the hosts that it is for.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Certificate {
-    pub(super) secret: Name,
+    pub(super) secret: Key,
     pub(super) hosts: Vec<String>,
 }
 
@@ -85,10 +86,10 @@ fn value_of(name: &str, value: &str) -> Result<HeaderValue, Fault> {
         .map_err(|_says_no_more| Fault::HeaderValue { name: name.to_owned(), value: value.to_owned() })
 }
 
-fn certificate(tls: &IngressTls, own: &Name) -> Certificate {
+fn certificate(tls: &IngressTls, own: &Key) -> Certificate {
     let namespace = if tls.secret_namespace.is_empty() { &own.namespace } else { &tls.secret_namespace };
     let hosts = tls.hosts.iter().map(|host| host.to_ascii_lowercase()).collect();
-    Certificate { secret: Name { namespace: namespace.clone(), name: tls.secret_name.clone() }, hosts }
+    Certificate { secret: Key { namespace: namespace.clone(), name: tls.secret_name.clone() }, hosts }
 }
 
 fn backend_of(split: &IngressSplit) -> BackendName {
@@ -145,7 +146,7 @@ impl Translated {
         let (Some(namespace), Some(own)) = (king.metadata.namespace.clone(), king.metadata.name.clone()) else {
             return Err(Fault::Nameless);
         };
-        let name = Name { namespace, name: own };
+        let name = Key { namespace, name: own };
         let mut king = king.clone();
         king.set_defaults();
         let hash = king.hash()?;

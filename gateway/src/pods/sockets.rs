@@ -101,6 +101,7 @@ impl Sockets {
             let mut stocks = self.shared.stocks();
             let Some(stock) = stocks.get_mut(&place) else { return };
             stock.fill(fds);
+            stock.forget_who_gave_up();
             self.shared.ask(place, stock, Instant::now());
             stock.idle.len() > FEW
         };
@@ -116,7 +117,11 @@ impl Sockets {
             let Some(stock) = stocks.get_mut(&place) else { return };
             let count = stock.asked.pop_front().unwrap_or(usize::MAX).min(stock.waiting.len());
             let told = stock.waiting.drain(..count).collect();
-            self.shared.ask(place, stock, Instant::now());
+            stock.forget_who_gave_up();
+            // What nobody waits for is asked for again when somebody comes: by then it may be had.
+            if !stock.waiting.is_empty() {
+                self.shared.ask(place, stock, Instant::now());
+            }
             told
         };
         for waiting in told {
@@ -128,6 +133,7 @@ impl Sockets {
     pub(super) fn agent_is_new(&self) {
         for (place, stock) in self.shared.stocks().iter_mut() {
             stock.asked.clear();
+            stock.forget_who_gave_up();
             self.shared.ask(*place, stock, Instant::now());
         }
     }
@@ -235,10 +241,18 @@ impl Stock {
     fn take(&mut self, now: Instant) -> Result<OwnedFd, oneshot::Receiver<io::Result<OwnedFd>>> {
         self.taken.note(now);
         self.idle.pop().ok_or_else(|| {
+            // Each call would look at all of them: they are looked at when they would take more room.
+            if self.waiting.len() == self.waiting.capacity() {
+                self.forget_who_gave_up();
+            }
             let (waiting, coming) = oneshot::channel();
             self.waiting.push_back(waiting);
             coming
         })
+    }
+
+    fn forget_who_gave_up(&mut self) {
+        self.waiting.retain(|waiting| !waiting.is_closed());
     }
 
     /// The answer to the oldest question: those who wait come first, in order.
@@ -259,7 +273,6 @@ impl Stock {
 
     /// How many are to be asked for. Of the first call nobody knows whether there will be another.
     fn wanted(&mut self, now: Instant) -> usize {
-        self.waiting.retain(|waiting| !waiting.is_closed());
         let (have, waiting) = (self.idle.len() + self.asked.iter().sum::<usize>(), self.waiting.len());
         let reserve = self.taken.reserve(now);
         if have >= waiting + reserve / 2 {
@@ -438,6 +451,41 @@ mod tests {
         assert!(asked.recv().await.is_some());
         sockets.close(7);
         assert_eq!(second.await.unwrap().unwrap_err().kind(), io::ErrorKind::NotConnected);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn what_is_refused_is_not_asked_for_again_before_somebody_comes() {
+        let (sockets, mut asked) = sockets();
+        // Busy enough for a reserve.
+        take(&sockets, &mut asked, 10).await;
+        let calls: Vec<_> = (0..idle(&sockets) + 5).map(|_| dial(&sockets, nowhere())).collect();
+        let mut refused = 0;
+        while calls.iter().any(|call| !call.is_finished()) {
+            yield_now().await;
+            while let Ok(PodAsk::Sockets { .. }) = asked.try_recv() {
+                sockets.refused(7, "no such namespace");
+                refused += 1;
+                assert!(refused < 20, "asked again and again for what is refused");
+            }
+        }
+        assert!(refused > 0);
+        assert!(asked.try_recv().is_err(), "nobody waits");
+        let another = dial(&sockets, nowhere());
+        assert!(matches!(asked.recv().await, Some(PodAsk::Sockets { place: 7, .. })));
+        sockets.refused(7, "no such namespace");
+        assert!(another.await.unwrap().is_err());
+    }
+
+    /// Calls that give up while no agent is there are not kept.
+    #[tokio::test(start_paused = true)]
+    async fn who_gave_up_takes_no_room() {
+        let (sockets, _asked) = sockets();
+        for _ in 0..1000 {
+            let mut call = Box::pin(sockets.take(7));
+            assert!(futures_poll(call.as_mut()).await.is_none());
+        }
+        let room = sockets.shared.stocks()[&7].waiting.capacity();
+        assert!(room <= 16, "{room}");
     }
 
     #[tokio::test(start_paused = true)]

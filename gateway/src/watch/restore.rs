@@ -19,7 +19,7 @@ pub(crate) struct Restored {
     /// The public listener.
     pub(crate) listener: Option<OwnedFd>,
     /// The listeners of the ingress.
-    pub(crate) entrances: Vec<(Listener, OwnedFd)>,
+    pub(crate) ingress_listeners: Vec<(Listener, OwnedFd)>,
     /// The data socket.
     pub(crate) socket: Option<OwnedFd>,
     /// Releases whose group was not whole.
@@ -40,7 +40,7 @@ pub(crate) fn take(gateway: &Arc<Gateway>, deposits: Vec<Deposit>) -> Restored {
         match (path.next(), path.next().and_then(number), path.next().and_then(number), fds.next()) {
             (Some("listener"), _, _, Some(fd)) => restored.listener = Some(fd),
             (Some(name), None, None, Some(fd)) if let Some(listener) = Listener::of_deposit(name) => {
-                restored.entrances.push((listener, fd));
+                restored.ingress_listeners.push((listener, fd));
             }
             (Some(data::SOCKET), _, _, Some(fd)) => restored.socket = Some(fd),
             (Some(data::STAGED), ..) => restored.staged = serde_json::from_value(meta).unwrap_or_default(),

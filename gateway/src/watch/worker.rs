@@ -32,8 +32,8 @@ use crate::{
 
 /// Bytes of a model copied and digested at a time: what stays in the cache between the two.
 const CHUNK: usize = 256 << 10;
-/// A job that goes looks so often whether its last segment has come.
-const REMOVAL: Duration = Duration::from_millis(10);
+/// The agent may be asked for a segment just after a job that goes had its questions forgotten: they are forgotten again after this.
+const REMOVAL: Duration = Duration::from_millis(100);
 
 /// A model that the coordinator sends but that is not one.
 #[derive(Debug, thiserror::Error)]
@@ -76,10 +76,15 @@ async fn remove(gateway: &Arc<Gateway>, chain: &Arc<Chain>) {
         true => gateway.journals.close(chain.id).await,
         false => crate::journal::remove(gateway, chain).await,
     }
-    while chain.growing.load(Ordering::Acquire) {
+    loop {
+        let mut grown = std::pin::pin!(chain.slot_freed.notified());
+        grown.as_mut().enable();
+        if !chain.growing.load(Ordering::Acquire) {
+            break;
+        }
         // A segment on its way is waited for, and nobody answers for it any more.
         gateway.agent.forget(chain.id);
-        tokio::time::sleep(REMOVAL).await;
+        let _asked_meanwhile = tokio::time::timeout(REMOVAL, grown).await;
     }
     let mut keys: Vec<String> = chain.lock().own.keys().map(|segment| segment_key(chain.id, *segment)).collect();
     keys.extend([format!("ledger/{}", chain.id), first_key(chain.id)]);

@@ -9,14 +9,15 @@ use std::{
     },
 };
 
-use lifl_gateway::ingress::{Name, Outcome, Snapshot, follow, read, watch_folder};
+use lifl_cluster::Key;
+use lifl_gateway::ingress::{Outcome, Snapshot, follow, read, watch_folder};
 use serde_json::{Value, json};
 use tokio::{net::TcpStream, sync::watch};
 
 use crate::world::{World, add, ask, ask_on, backend, get, http1_on, king, rule, soon, split, whole};
 
 fn outcome(report: &lifl_gateway::ingress::Report, name: &str) -> Outcome {
-    report.ingresses[&Name { namespace: "n".into(), name: name.into() }].1.clone()
+    report.ingresses[&Key { namespace: "n".into(), name: name.into() }].1.clone()
 }
 
 /// Whole revisions and whole sets of addresses are exchanged under clients that never stop.
@@ -123,7 +124,7 @@ async fn a_host_is_the_first_ones_until_it_is_gone() {
     }
     let report = world.ingress.apply(&snapshot);
     assert_eq!(outcome(&report, "a"), Outcome::Served);
-    assert_eq!(outcome(&report, "b"), Outcome::Conflict(Name { namespace: "n".into(), name: "a".into() }));
+    assert_eq!(outcome(&report, "b"), Outcome::Conflict(Key { namespace: "n".into(), name: "a".into() }));
     assert_eq!(ask(at, get("h.example.com", "/")).await.backend(), "a");
     snapshot.ingresses.remove(0);
     assert_eq!(outcome(&world.ingress.apply(&snapshot), "b"), Outcome::Served);
@@ -289,7 +290,7 @@ async fn external_names_are_resolved_and_followed() {
     let saw = answer.saw();
     assert_eq!((&saw["backend"], &saw["host"]), (&json!("s"), &json!("s.n.svc.cluster.local")));
     assert_eq!(saw["headers"]["x-forwarded-for"], json!(["127.0.0.1, 127.0.0.1"]));
-    let vanity = &report.ingresses[&Name { namespace: "n".into(), name: "vanity".into() }];
+    let vanity = &report.ingresses[&Key { namespace: "n".into(), name: "vanity".into() }];
     assert_eq!(Some(answer.header("k-network-hash")), vanity.0.as_deref(), "the hash of the first of the two");
     following.abort();
     world.end().await;

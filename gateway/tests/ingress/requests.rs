@@ -6,7 +6,8 @@ use bytes::Bytes;
 use http::{HeaderValue, Request, StatusCode, header};
 use http_body_util::Full;
 use hyper_util::rt::TokioIo;
-use lifl_gateway::ingress::{Name, Outcome, Snapshot};
+use lifl_cluster::Key;
+use lifl_gateway::ingress::{Outcome, Snapshot};
 use serde_json::json;
 use tokio::{
     io::{AsyncReadExt as _, AsyncWriteExt as _},
@@ -18,8 +19,8 @@ use crate::world::{
     split, tls, whole,
 };
 
-fn name(name: &str) -> Name {
-    Name { namespace: "n".into(), name: name.into() }
+fn name(name: &str) -> Key {
+    Key { namespace: "n".into(), name: name.into() }
 }
 
 #[tokio::test]
@@ -83,6 +84,38 @@ async fn requests_find_their_way_by_host_path_and_header() {
     assert_eq!(world.counted("lifl_ingress_refused_total", &[("listener", "external"), ("reason", "unknown")]), "2");
     assert_eq!(world.counted("lifl_ingress_requests_total", &[("service", "tagged"), ("code", "2xx")]), "1");
     assert_eq!(world.counted("lifl_ingress_objects", &[("state", "served")]), "1");
+    world.end().await;
+}
+
+/// Whom a request is for is said once: where it goes, what the backend reads and where a client is sent are the same host.
+#[tokio::test]
+async fn a_user_in_the_target_is_no_host() {
+    let world = World::new().await;
+    let mut snapshot = Snapshot::default();
+    for service in ["a", "b"] {
+        add(&mut snapshot, service, "http", &[backend(service).await]);
+    }
+    snapshot.ingresses.push(king("k", json!({"rules": [whole("a.example", "a"), whole("b.example", "b")]})));
+    let moved = json!({"rules": [whole("c.example", "a")], "httpOption": "Redirected"});
+    snapshot.ingresses.push(king("moved", moved));
+    world.ingress.apply(&snapshot);
+    let at = world.at["external"];
+    let answer = async |target: &str| {
+        let mut stream = TcpStream::connect(at).await.unwrap();
+        let head = format!("GET {target} HTTP/1.1\r\nHost: a.example\r\nConnection: close\r\n\r\n");
+        stream.write_all(head.as_bytes()).await.unwrap();
+        let mut answer = String::new();
+        soon("an answer", stream.read_to_string(&mut answer)).await.unwrap();
+        answer
+    };
+    for target in ["http://a.example:x@b.example/", "http://a.example@b.example/"] {
+        let answer = answer(target).await;
+        let body = answer.rsplit("\r\n\r\n").next().unwrap();
+        let saw: serde_json::Value = serde_json::from_str(body).expect(&answer);
+        assert_eq!((&saw["saw"]["backend"], &saw["saw"]["host"]), (&json!("b"), &json!("b.example")), "{target}");
+    }
+    let answer = answer("http://u:p@c.example/p").await.to_ascii_lowercase();
+    assert!(answer.contains("location: https://c.example/p\r\n"), "{answer}");
     world.end().await;
 }
 

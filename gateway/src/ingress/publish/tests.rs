@@ -19,12 +19,12 @@ fn gateways(all: &[u8]) -> Gateways {
 }
 
 fn me(n: u8) -> Me {
-    let entrances = Entrances { public: "gateway.svc".into(), private: "inner.svc".into() };
-    Me { pod: gateway(n, 0).0, entrances }
+    let hosts = ServiceHosts { public: "gateway.svc".into(), private: "inner.svc".into() };
+    Me { pod: gateway(n, 0).0, hosts }
 }
 
-fn name() -> Name {
-    Name { namespace: "golden".into(), name: "shop".into() }
+fn name() -> Key {
+    Key { namespace: "golden".into(), name: "shop".into() }
 }
 
 fn king(version: &str, generation: i64, status: Value) -> Arc<KIngress> {
