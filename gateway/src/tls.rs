@@ -1,16 +1,11 @@
-//! TLS towards clients: certificates that are replaced while connections are made, and the listeners that use them.
+//! TLS towards clients: certificates that are replaced while connections are made.
 
-use std::{
-    collections::HashMap,
-    io,
-    pin::Pin,
-    sync::Arc,
-    task::{Context, Poll, ready},
-};
+use std::{collections::HashMap, sync::Arc};
 
 use arc_swap::{ArcSwap, ArcSwapOption};
 use k8s_openapi::api::core::v1::Secret;
 use lifl_api::pod::TlsSettings;
+use lifl_proxy::tls::configured;
 use rustls::{
     ServerConfig, SupportedProtocolVersion,
     crypto::{CryptoProvider, ring},
@@ -19,11 +14,6 @@ use rustls::{
     sign::CertifiedKey,
     version::{TLS12, TLS13},
 };
-use tokio::{
-    io::{AsyncRead, AsyncWrite, ReadBuf},
-    net::TcpStream,
-};
-use tokio_rustls::{Accept, TlsAcceptor, server::TlsStream};
 
 /// Keys of a secret of type `kubernetes.io/tls`.
 const CHAIN: &str = "tls.crt";
@@ -51,15 +41,6 @@ pub(crate) struct Certificates(ArcSwap<ByHost>);
 /// One certificate, whatever name is asked for.
 #[derive(Debug, Default)]
 pub(crate) struct Certificate(ArcSwapOption<CertifiedKey>);
-
-/// A connection that shakes hands when it is read for the first time: so the handshake is a part of what the server serves, it has
-/// no more time than a first head, and the server's end neither forgets it nor waits for it longer than for others.
-pub(crate) enum Secured {
-    Shaking(Accept<TcpStream>),
-    Open(TlsStream<TcpStream>),
-    /// No hands were shaken.
-    Failed,
-}
 
 /// By host, in lower case; `*.example.com` stands for one label before `.example.com`.
 pub(crate) type ByHost = HashMap<String, Arc<CertifiedKey>>;
@@ -123,81 +104,8 @@ fn group(name: &str) -> &str {
     }
 }
 
-fn configured(
-    provider: CryptoProvider,
-    versions: &[&'static SupportedProtocolVersion],
-    certificates: Arc<dyn ResolvesServerCert>,
-) -> Result<Arc<ServerConfig>, rustls::Error> {
-    let builder = ServerConfig::builder_with_provider(Arc::new(provider)).with_protocol_versions(versions)?;
-    let mut config = builder.with_no_client_auth().with_cert_resolver(certificates);
-    config.alpn_protocols = vec![b"h2".to_vec(), b"http/1.1".to_vec()];
-    Ok(Arc::new(config))
-}
-
 fn provider() -> CryptoProvider {
     ring::default_provider()
-}
-
-/// Has connections of a listener shake hands.
-pub(crate) fn secured(config: Arc<ServerConfig>) -> impl Fn(TcpStream) -> Secured + Send + 'static {
-    let acceptor = TlsAcceptor::from(config);
-    move |stream| Secured::Shaking(acceptor.accept(stream))
-}
-
-// === impl Secured ===
-
-impl Secured {
-    fn open(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<Pin<&mut TlsStream<TcpStream>>>> {
-        if let Self::Shaking(accept) = self {
-            match ready!(Pin::new(accept).poll(cx)) {
-                Ok(stream) => *self = Self::Open(stream),
-                Err(error) => {
-                    tracing::debug!(%error, "TLS handshake");
-                    *self = Self::Failed;
-                    return Poll::Ready(Err(error));
-                }
-            }
-        }
-        Poll::Ready(match self {
-            Self::Open(stream) => Ok(Pin::new(stream)),
-            Self::Shaking(_) | Self::Failed => Err(io::ErrorKind::NotConnected.into()),
-        })
-    }
-}
-
-impl AsyncRead for Secured {
-    fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
-        ready!(self.open(cx))?.poll_read(cx, buf)
-    }
-}
-
-impl AsyncWrite for Secured {
-    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
-        ready!(self.open(cx))?.poll_write(cx, buf)
-    }
-
-    fn poll_write_vectored(
-        mut self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-        bufs: &[io::IoSlice<'_>],
-    ) -> Poll<io::Result<usize>> {
-        ready!(self.open(cx))?.poll_write_vectored(cx, bufs)
-    }
-
-    fn is_write_vectored(&self) -> bool {
-        matches!(self, Self::Open(stream) if stream.is_write_vectored())
-    }
-
-    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        ready!(self.open(cx))?.poll_flush(cx)
-    }
-
-    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        match &mut *self {
-            Self::Open(stream) => Pin::new(stream).poll_shutdown(cx),
-            Self::Shaking(_) | Self::Failed => Poll::Ready(Ok(())),
-        }
-    }
 }
 
 // === impl Certificates ===
@@ -241,10 +149,10 @@ impl ResolvesServerCert for Certificate {
 mod tests {
     use std::{net::SocketAddr, time::Duration};
 
-    use lifl_proxy::{Body, Handle, Limits, Peer, Server, reply};
+    use lifl_proxy::{Body, Handle, Limits, Peer, Server, reply, tls::secured};
     use tokio::{
         io::{AsyncReadExt as _, AsyncWriteExt as _},
-        net::TcpListener,
+        net::{TcpListener, TcpStream},
         task::JoinHandle,
         time::timeout,
     };

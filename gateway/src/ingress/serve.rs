@@ -11,6 +11,7 @@ use lifl_proxy::{
     head::{self, K_PROXY_REQUEST, X_FORWARDED_PROTO},
     queue::{K_NETWORK_HASH, Queue},
     reply,
+    tls::secured,
     upstream::SendError,
 };
 use tokio::{
@@ -92,7 +93,7 @@ pub async fn serve<D: Dial, N: Nearby>(
         if listener.is_tls() {
             let which = usize::from(listener == Listener::LocalTls);
             let certificates = Arc::clone(&gate.ingress.shared.certificates[which]);
-            let secured = tls::secured(tls::server(certificates)?);
+            let secured = secured(tls::server(certificates)?);
             accepting.spawn(async move { server.listen_with(&socket, secured).await });
         } else {
             accepting.spawn(async move { server.listen(&socket).await });

@@ -15,6 +15,7 @@ use lifl_cluster::Key;
 use lifl_proxy::{
     Handle, Limits, Pool, PoolLimits, Server, Timeouts,
     queue::{Admin, Figures, Metrics, Probe, ProbeError, QUIET, Queue, Settings, TUNNELS},
+    tls::secured,
 };
 use rustix::net::{Shutdown, shutdown};
 use serde_json::{Value, json};
@@ -412,7 +413,7 @@ impl Served {
         let config = tls::of_pod(settings, Arc::clone(&certificate) as _)?;
         let key = Key { namespace: self.pod.namespace.clone(), name: settings.secret.clone() };
         let mut known = secrets.follow(key);
-        let (server, secured) = (self.servers.requests.clone(), tls::secured(config));
+        let (server, secured) = (self.servers.requests.clone(), secured(config));
         let task = tokio::spawn(
             async move {
                 let replaced = async {

@@ -9,6 +9,7 @@
 //! | module | is |
 //! |---|---|
 //! | `serve` | listeners and connections: HTTP/1.1 and h2c, bounded heads, time, streams |
+//! | `tls` | the handshake, as a part of a connection |
 //! | `queue` | what Knative's queue-proxy does for one pod, as one service |
 //! | `forward` | one request to an endpoint and back: heads, trailers, upgrades, cancelling |
 //! | `upstream` | connections to endpoints, shared by all threads; the one body type |
@@ -29,6 +30,7 @@ pub mod reply;
 pub mod serve;
 pub mod stats;
 pub mod timeouts;
+pub mod tls;
 pub mod upstream;
 
 pub use breaker::{Breaker, Full, Permit};
