@@ -304,7 +304,7 @@ impl<D: Dial, N: Nearby> Gate<D, N> {
             };
             tries += 1;
             // A copy costs; it is needed only if a connection cannot be made.
-            let again = if tries < TRIES && upstream.idle() == 0 { copy(&request) } else { None };
+            let again = if tries < TRIES && !upstream.is_connected() { copy(&request) } else { None };
             let ride = Ride { peer, clock: None, kept: lease, tunnels: &self.tunnels };
             let error = match forward(upstream, request, ride).await {
                 Ok(response) => return Ok(response),

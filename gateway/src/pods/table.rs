@@ -14,7 +14,7 @@ use lifl_api::pod::{NodePod, PodAsk, PodPort, PodWord};
 use lifl_cluster::Key;
 use lifl_proxy::{
     Handle, Limits, Pool, PoolLimits, Server, Timeouts,
-    queue::{Admin, Figures, Metrics, Probe, ProbeError, QUIET, Queue, Settings, TUNNELS},
+    queue::{Admin, Figures, Metrics, Probe, ProbeError, Queue, Settings, TUNNELS},
     tls::secured,
 };
 use rustix::net::{Shutdown, shutdown};
@@ -548,7 +548,6 @@ fn settings(pod: &NodePod) -> Result<Settings, ServeError> {
         timeouts,
         readiness,
         http2_auto_detect: given.http2_auto_detect,
-        quiet: QUIET,
     })
 }
 

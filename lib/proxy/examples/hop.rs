@@ -10,7 +10,7 @@ use http::{Request, Response};
 use lifl_proxy::{
     Body, Direct, Endpoint, Handle, Limits, Peer, Pool, PoolLimits, Protocol, Ride, Server, Timeouts, Tunnels,
     Upstream, forward,
-    queue::{QUIET, Queue, Settings},
+    queue::{Queue, Settings},
     reply,
 };
 use mimalloc::MiMalloc;
@@ -69,8 +69,7 @@ async fn serve(
     };
     let timeouts = Timeouts { total: Duration::from_secs(300), ..Timeouts::default() };
     let pod_name = "hop".to_owned();
-    let settings =
-        Settings { pod_name, concurrency, timeouts, readiness: vec![], http2_auto_detect: false, quiet: QUIET };
+    let settings = Settings { pod_name, concurrency, timeouts, readiness: vec![], http2_auto_detect: false };
     let queue = Queue::new(pool, endpoint, 0, settings);
     Server::new(Arc::new(queue), Limits::default()).listen(&listener).await;
     Ok(())

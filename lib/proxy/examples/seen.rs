@@ -6,7 +6,7 @@ use http::{Request, header};
 use lifl_proxy::{
     Body, Dial, Endpoint, Handle, Peer, Pool, PoolLimits, Timeouts,
     observe::{CollectorAddress, Exporter, Facts, Lines, SpanCounts, Template, Tracer, Wire},
-    queue::{Observe, QUIET, Queue, RequestLog, Settings, resource},
+    queue::{Observe, Queue, RequestLog, Settings, resource},
 };
 use tokio::{net::TcpStream, runtime::Builder};
 
@@ -68,7 +68,6 @@ async fn measure() -> Vec<(&'static str, u128)> {
                 timeouts: Timeouts::default(),
                 readiness: vec![],
                 http2_auto_detect: false,
-                quiet: QUIET,
             };
             let user = "127.0.0.1:8080".parse().expect("an address");
             let queue = Arc::new(Queue::new(&pool, user, 0, settings).observed(observe.clone()));

@@ -33,7 +33,6 @@ pub mod timeouts;
 pub mod tls;
 pub mod upstream;
 
-pub use breaker::{Breaker, Full, Permit};
 pub use endpoint::{Dial, Direct, Endpoint, Protocol};
 pub use forward::{ForwardError, Ride, Tunnels, carry, forward};
 pub use head::Peer;

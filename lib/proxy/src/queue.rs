@@ -43,7 +43,7 @@ mod tests;
 mod watch;
 
 pub use drain::Drain;
-pub use probe::{K_NETWORK_HASH, K_NETWORK_PROBE, is_probe};
+pub use probe::{K_NETWORK_HASH, K_NETWORK_PROBE};
 pub use readiness::{Probe, ProbeError, Readiness};
 pub use watch::{Observe, RequestLog, resource};
 
@@ -69,8 +69,6 @@ pub struct Settings {
     pub readiness: Vec<Probe>,
     /// The user's port is asked whether it speaks h2c before it is probed over HTTP.
     pub http2_auto_detect: bool,
-    /// No request for this long, and a draining pod is drained.
-    pub quiet: Duration,
 }
 
 /// The proxy of one pod.
@@ -115,7 +113,7 @@ impl<D: Dial> Queue<D> {
     /// The proxy of the pod whose container listens at `user` in network namespace `place`.
     #[must_use]
     pub fn new(pool: &Pool<D>, user: SocketAddr, place: u64, settings: Settings) -> Self {
-        let Settings { pod_name, concurrency, timeouts, readiness, http2_auto_detect, quiet } = settings;
+        let Settings { pod_name, concurrency, timeouts, readiness, http2_auto_detect } = settings;
         let at = |protocol| pool.upstream(Endpoint { addr: user, protocol, place });
         Self {
             pod_name,
@@ -125,7 +123,7 @@ impl<D: Dial> Queue<D> {
             breaker: Breaker::for_concurrency(concurrency),
             timeouts,
             stats: Stats::new(),
-            drain: Arc::new(Drain::new(quiet)),
+            drain: Arc::new(Drain::new()),
             readiness: Readiness::new(pool.clone(), user, place, readiness, http2_auto_detect),
             tunnels: Tunnels::new(),
             watch: None,
@@ -187,7 +185,8 @@ impl<D: Dial> Queue<D> {
         let clock = self.timeouts.begin(&peer.timer);
         // A probe that nobody here answers is still no request of a user's.
         let watch = self.watch.as_ref().filter(|_| !request.headers().contains_key(K_NETWORK_PROBE));
-        let seen = watch.map(|watch| watch.begin(&mut request, peer));
+        // Boxed: large, and mostly there is none.
+        let seen = watch.map(|watch| Box::new(watch.begin(&mut request, peer)));
         let upstream = if request.version() == Version::HTTP_2 { &self.h2c } else { &self.http1 };
         head::shim_forwarded(request.headers_mut());
         let proxied = request.headers().get(head::K_PROXY_REQUEST).is_some_and(|by| by == "activator");
@@ -205,7 +204,7 @@ impl<D: Dial> Queue<D> {
         request: Request<Body>,
         peer: &Peer,
         mut clock: Option<Clock>,
-        mut kept: (Present, Option<Seen>),
+        mut kept: (Present, Option<Box<Seen>>),
     ) -> Result<Response<Body>, Response<Body>> {
         let place = match &self.breaker {
             None => None,
@@ -220,7 +219,7 @@ impl<D: Dial> Queue<D> {
                 }
             }
         };
-        kept.1.iter_mut().for_each(Seen::admit);
+        kept.1.iter_mut().for_each(|seen| seen.admit());
         let ride = Ride { peer, clock, kept: (place, kept), tunnels: &self.tunnels };
         forward(upstream, request, ride).await.map_err(|error| refusal(&error))
     }

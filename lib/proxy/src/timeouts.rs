@@ -60,8 +60,7 @@ pub struct Spare(Arc<Mutex<Option<Pin<Box<Sleep>>>>>);
 
 impl Timeouts {
     /// Whether nothing is limited.
-    #[must_use]
-    pub fn none(&self) -> bool {
+    fn none(&self) -> bool {
         self.start.is_zero() && self.idle.is_zero() && self.total.is_zero()
     }
 

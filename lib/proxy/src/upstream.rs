@@ -18,6 +18,9 @@ mod h2;
 mod pool;
 mod shelf;
 
+/// Head of a response, in bytes.
+const HEAD: u32 = 256 << 10;
+
 pub use body::{Body, BodyError, Keep};
 pub use h1::Broken;
 pub(crate) use h1::Continue;

@@ -3,6 +3,7 @@
 use std::{io::ErrorKind, net::TcpStream};
 
 use lifl_api::pod::PodSettings;
+use lifl_proxy::queue::QUIET;
 use rustix::fs::{MemfdFlags, OFlags, fcntl_setfl, memfd_create};
 use tokio::time::sleep;
 

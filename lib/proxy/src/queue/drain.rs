@@ -19,6 +19,8 @@ use tokio::{
     time::{Instant, sleep, sleep_until},
 };
 
+use super::QUIET;
+
 /// A hook that asks without a SIGTERM within this was called for a restart of the container. Long enough for a word that comes
 /// late, over a watch or an agent that is being restarted: a pod that drains for nothing costs less than one that takes
 /// requests at its end.
@@ -31,7 +33,6 @@ pub struct Drain {
     /// Not `Open`: read at each request without the lock.
     begun: AtomicBool,
     changed: Notify,
-    quiet: Duration,
 }
 
 #[derive(Debug)]
@@ -52,14 +53,12 @@ enum State {
 // === impl Drain ===
 
 impl Drain {
-    /// A pod that is open, and over after `quiet` without a request.
-    #[must_use]
-    pub fn new(quiet: Duration) -> Self {
+    /// A pod that is open.
+    pub(super) fn new() -> Self {
         Self {
             inner: Mutex::new(Inner { state: State::Open, terminated: false, hooks: 0 }),
             begun: AtomicBool::new(false),
             changed: Notify::new(),
-            quiet,
         }
     }
 
@@ -94,12 +93,12 @@ impl Drain {
                 let mut inner = self.lock();
                 match inner.state {
                     State::Open | State::Drained => return,
-                    State::Draining { since } if since + self.quiet <= Instant::now() => {
+                    State::Draining { since } if since + QUIET <= Instant::now() => {
                         inner.state = State::Drained;
                         self.changed.notify_waiters();
                         return;
                     }
-                    State::Draining { since } => since + self.quiet,
+                    State::Draining { since } => since + QUIET,
                 }
             };
             tokio::select! {
@@ -159,20 +158,22 @@ mod tests {
 
     /// Hooks one after another, each within the time of the last one: the pod is drained before it is known whether it ends.
     async fn drained_by_hooks(drain: &Arc<Drain>) {
-        let first = tokio::spawn({
+        let mut hooks = vec![];
+        for _ in 0..2 * QUIET.as_secs() / TERM.as_secs() {
             let drain = Arc::clone(drain);
-            async move { Drain::wait(&drain).await }
-        });
-        sleep(TERM / 2).await;
-        Drain::wait(drain).await;
-        first.await.unwrap();
+            hooks.push(tokio::spawn(async move { Drain::wait(&drain).await }));
+            sleep(TERM / 2).await;
+        }
+        for hook in hooks {
+            hook.await.unwrap();
+        }
         assert_eq!(drain.lock().state, State::Drained);
     }
 
     #[tokio::test(start_paused = true)]
     async fn a_drained_pod_opens_again_if_only_its_container_was_restarted() {
         for terminates in [false, true] {
-            let drain = Arc::new(Drain::new(TERM));
+            let drain = Arc::new(Drain::new());
             drained_by_hooks(&drain).await;
             if terminates {
                 drain.terminate();

@@ -34,12 +34,6 @@ pub(super) fn kind(headers: &HeaderMap) -> Option<Kind> {
     }
 }
 
-/// Whether a request is somebody's probe: not logged, not counted, not traced.
-#[must_use]
-pub fn is_probe(headers: &HeaderMap) -> bool {
-    kind(headers).is_some() || headers.contains_key(K_NETWORK_PROBE)
-}
-
 /// A health probe must be for us: this is how an autoscaler learns that no activator is in the path.
 pub(super) fn for_queue(headers: &HeaderMap) -> Result<(), Response<Body>> {
     let value = text(headers, &K_NETWORK_PROBE);

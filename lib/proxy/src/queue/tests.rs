@@ -17,7 +17,6 @@ fn queue(readiness: &str, user: SocketAddr) -> Arc<Queue<Direct>> {
         timeouts: Timeouts::default(),
         readiness: Probe::parse(readiness).expect("probes"),
         http2_auto_detect: false,
-        quiet: QUIET,
     };
     Arc::new(Queue::new(&Pool::new(Direct, PoolLimits::default()), user, 0, settings))
 }

@@ -293,6 +293,24 @@ impl<K: Keep> Keep for Option<K> {
     }
 }
 
+impl<K: Keep> Keep for Box<K> {
+    fn head(&mut self, status: StatusCode) {
+        K::head(self, status);
+    }
+
+    fn refused(&mut self, status: StatusCode) {
+        K::refused(self, status);
+    }
+
+    fn passed(&mut self, bytes: usize) {
+        K::passed(self, bytes);
+    }
+
+    fn whole(&mut self) {
+        K::whole(self);
+    }
+}
+
 impl<A: Keep, B: Keep> Keep for (A, B) {
     fn head(&mut self, status: StatusCode) {
         self.0.head(status);

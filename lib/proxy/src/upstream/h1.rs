@@ -23,6 +23,7 @@ use rustix::net::RecvFlags;
 use tokio::{io::AsyncReadExt as _, net::TcpStream, sync::Notify, time::Instant};
 
 use super::{
+    HEAD,
     body::{Body, BodyError},
     shelf::Shelf,
 };
@@ -107,7 +108,6 @@ struct Connection {
     seen: usize,
     body: Decoder,
     keep_alive: bool,
-    header_bytes: usize,
     /// The shelf owns what lies on it: owned in turn, neither would ever end.
     shelf: Weak<Shelf>,
     idle_since: Instant,
@@ -122,7 +122,7 @@ pub(super) struct Alive(Arc<AtomicUsize>);
 
 impl Lease {
     /// HTTP/1.1 on a stream that has carried nothing yet.
-    pub(super) fn new(stream: TcpStream, header_bytes: usize, shelf: Weak<Shelf>, alive: Alive) -> Self {
+    pub(super) fn new(stream: TcpStream, shelf: Weak<Shelf>, alive: Alive) -> Self {
         Self(Box::new(Connection {
             stream,
             writer: Writer::default(),
@@ -132,7 +132,6 @@ impl Lease {
             seen: 0,
             body: Decoder::End,
             keep_alive: true,
-            header_bytes,
             shelf,
             idle_since: Instant::now(),
             _alive: alive,
@@ -267,7 +266,7 @@ impl Connection {
             return Poll::Ready(Err(broken));
         }
         loop {
-            while let Some(head) = response::head(&mut self.buffer, &mut self.seen, self.header_bytes, bodiless)? {
+            while let Some(head) = response::head(&mut self.buffer, &mut self.seen, HEAD as usize, bodiless)? {
                 let status = head.response.status();
                 if !status.is_informational() || status == StatusCode::SWITCHING_PROTOCOLS {
                     (self.body, self.keep_alive) = (head.body, head.keep_alive);

@@ -14,11 +14,18 @@ use hyper::client::conn::http2;
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use tokio::{net::TcpStream, time::Instant};
 
-use super::body::{Body, Keep};
+use super::{
+    HEAD,
+    body::{Body, Keep},
+};
 
 /// What an endpoint may send of one response before it is read. Little, since a client may leave all of its streams unread;
 /// enough for an endpoint that is near: 32 KB on the way cost no time below 1 GB/s and 30 us.
 const STREAM_WINDOW: u32 = 64 << 10;
+
+/// Streams of a connection, before another one is made. They belong to many clients: what some do not read must leave the others
+/// theirs, so all of their windows together are the connection's.
+const STREAMS: u32 = 100;
 
 /// The connections, and one dialler at a time.
 #[derive(Debug, Default)]
@@ -54,32 +61,26 @@ struct Connection {
 // === impl Shared ===
 
 impl Shared {
-    /// A stream of the connection with the fewest, if one has fewer than `bound`.
-    pub(super) fn take(&self, bound: usize, now: Instant) -> Option<Stream> {
+    /// A stream of the connection with the fewest, if that has room for it.
+    pub(super) fn take(&self, now: Instant) -> Option<Stream> {
         let mut connections = self.lock();
         connections.retain(|connection| !connection.sender.is_closed());
         let least = connections.iter_mut().min_by_key(|connection| connection.streams.load(Ordering::Relaxed))?;
-        (least.streams.load(Ordering::Relaxed) < bound).then(|| least.stream(now))
+        least.has_room().then(|| least.stream(now))
+    }
+
+    /// Whether a stream can be had.
+    pub(super) fn has_room(&self) -> bool {
+        self.lock().iter().any(|connection| !connection.sender.is_closed() && connection.has_room())
     }
 
     /// Begins HTTP/2 on a stream; `alive` is dropped with the connection.
-    pub(super) async fn add<A: Send + 'static>(
-        &self,
-        stream: TcpStream,
-        (header_bytes, streams): (u32, usize),
-        alive: A,
-    ) -> hyper::Result<Stream> {
-        // Streams of many clients share the connection: what some do not read must leave the others theirs.
-        let all = u32::try_from(streams)
-            .unwrap_or(u32::MAX)
-            .max(1)
-            .saturating_mul(STREAM_WINDOW)
-            .min(i32::MAX.cast_unsigned());
+    pub(super) async fn add<A: Send + 'static>(&self, stream: TcpStream, alive: A) -> hyper::Result<Stream> {
         let (sender, driver) = http2::Builder::new(TokioExecutor::new())
             .timer(TokioTimer::new())
             .initial_stream_window_size(STREAM_WINDOW)
-            .initial_connection_window_size(all)
-            .max_header_list_size(header_bytes)
+            .initial_connection_window_size(STREAMS * STREAM_WINDOW)
+            .max_header_list_size(HEAD)
             .handshake::<_, Body>(TokioIo::new(stream))
             .await?;
         tokio::spawn(
@@ -137,6 +138,10 @@ fn same(error: &io::Error) -> io::Error {
 // === impl Connection ===
 
 impl Connection {
+    fn has_room(&self) -> bool {
+        self.streams.load(Ordering::Relaxed) < STREAMS as usize
+    }
+
     fn stream(&mut self, now: Instant) -> Stream {
         self.streams.fetch_add(1, Ordering::Relaxed);
         self.used = now;

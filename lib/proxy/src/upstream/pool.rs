@@ -46,10 +46,6 @@ pub struct PoolLimits {
     pub age: Duration,
     /// A connection must be made within this.
     pub connect: Duration,
-    /// Head of a response.
-    pub header_bytes: u32,
-    /// Streams per HTTP/2 connection, before another one is made.
-    pub streams: usize,
 }
 
 /// Connections to endpoints. Cloning shares it.
@@ -117,13 +113,7 @@ struct Ends(AbortHandle);
 
 impl Default for PoolLimits {
     fn default() -> Self {
-        Self {
-            idle: 1000,
-            age: Duration::from_secs(90),
-            connect: Duration::from_secs(10),
-            header_bytes: 256 << 10,
-            streams: 100,
-        }
+        Self { idle: 1000, age: Duration::from_secs(90), connect: Duration::from_secs(10) }
     }
 }
 
@@ -189,6 +179,15 @@ impl<D: Dial> Upstream<D> {
     #[must_use]
     pub fn idle(&self) -> usize {
         self.host.shelf.idle()
+    }
+
+    /// Whether a request probably needs no new connection.
+    #[must_use]
+    pub fn is_connected(&self) -> bool {
+        match self.host.endpoint.protocol {
+            Protocol::H1 => self.idle() > 0,
+            Protocol::H2c => self.host.h2.has_room(),
+        }
     }
 
     /// Sends a request whose head is already as the endpoint is to see it; waits for the head of the response.
@@ -317,16 +316,16 @@ impl Switch {
 impl<D: Dial> Shared<D> {
     async fn connect(self: &Arc<Self>, host: &Host) -> Result<Lease, SendError> {
         let (stream, alive) = self.dial(host).await?;
-        Ok(Lease::new(stream, self.limits.header_bytes as usize, Arc::downgrade(&host.shelf), alive))
+        Ok(Lease::new(stream, Arc::downgrade(&host.shelf), alive))
     }
 
     async fn stream(self: &Arc<Self>, host: &Host) -> Result<h2::Stream, SendError> {
-        if let Some(stream) = host.h2.take(self.limits.streams, Instant::now()) {
+        if let Some(stream) = host.h2.take(Instant::now()) {
             return Ok(stream);
         }
         let failures = host.h2.failures().0;
         let _alone = host.h2.dialling.lock().await;
-        if let Some(stream) = host.h2.take(self.limits.streams, Instant::now()) {
+        if let Some(stream) = host.h2.take(Instant::now()) {
             return Ok(stream);
         }
         if let Some(source) = host.h2.failed_since(failures) {
@@ -339,7 +338,7 @@ impl<D: Dial> Shared<D> {
             }
             dialled => dialled?,
         };
-        Ok(host.h2.add(stream, (self.limits.header_bytes, self.limits.streams), alive).await?)
+        Ok(host.h2.add(stream, alive).await?)
     }
 
     async fn dial(self: &Arc<Self>, host: &Host) -> Result<(TcpStream, Alive), SendError> {

@@ -12,7 +12,7 @@ use http_body_util::BodyExt as _;
 use libtest_mimic::{Arguments, Failed, Trial};
 use lifl_proxy::{
     Body, Direct, Handle, Limits, Peer, Pool, PoolLimits, Server, Timeouts,
-    queue::{QUIET, Queue, Settings},
+    queue::{Queue, Settings},
 };
 use tokio::net::TcpListener;
 
@@ -57,8 +57,7 @@ fn run(h2spec: PathBuf) -> Result<(), Failed> {
         tokio::spawn(async move { Server::new(Arc::new(App), Limits::default()).listen(&app).await });
         let pool = Pool::new(Direct, PoolLimits::default());
         let (pod_name, timeouts) = ("pod".to_owned(), Timeouts::default());
-        let settings =
-            Settings { pod_name, concurrency: 0, timeouts, readiness: vec![], http2_auto_detect: false, quiet: QUIET };
+        let settings = Settings { pod_name, concurrency: 0, timeouts, readiness: vec![], http2_auto_detect: false };
         let server = Server::new(Arc::new(Queue::new(&pool, endpoint, 0, settings)), Limits::default());
         let listener = TcpListener::bind("127.0.0.1:0").await?;
         let addr = listener.local_addr()?;

@@ -16,7 +16,7 @@ use http_body_util::BodyExt as _;
 use libtest_mimic::{Arguments, Failed, Trial};
 use lifl_proxy::{
     Body, Direct, Endpoint, Handle, Limits, Peer, Pool, PoolLimits, Protocol, Server, Timeouts,
-    queue::{QUIET, Queue, Settings},
+    queue::{Queue, Settings},
 };
 use tokio::{
     io::{AsyncReadExt as _, AsyncWriteExt as _},
@@ -203,7 +203,6 @@ async fn us(endpoint: SocketAddr) -> std::io::Result<SocketAddr> {
         timeouts: Timeouts::default(),
         readiness: vec![],
         http2_auto_detect: false,
-        quiet: QUIET,
     };
     debug_assert_eq!(pool.upstream(Endpoint::plain(endpoint, Protocol::H1)).idle(), 0);
     let server = Server::new(Arc::new(Queue::new(&pool, endpoint, 0, settings)), Limits::default());

@@ -16,7 +16,7 @@ use hyper::body::Frame;
 use libtest_mimic::Failed;
 use lifl_proxy::{
     Body, Direct, Handle, Limits, Peer, Pool, PoolLimits, Server, Timeouts,
-    queue::{QUIET, Queue, Settings},
+    queue::{Queue, Settings},
 };
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use tokio::net::TcpListener;
@@ -61,7 +61,6 @@ pub(crate) fn proxy(endpoint: &str, connections: &str, stall: &str) -> ExitCode 
                 timeouts: Timeouts { total: Duration::from_secs(300), ..Timeouts::default() },
                 readiness: vec![],
                 http2_auto_detect: false,
-                quiet: QUIET,
             };
             let server = Server::new(Arc::new(Queue::new(&pool, endpoint, 0, settings)), limits);
             let listener = TcpListener::bind("127.0.0.1:0").await?;

@@ -12,7 +12,7 @@ use http_body_util::BodyExt as _;
 use lifl_proxy::{
     Body, Direct, Handle, Limits, Peer, Pool, PoolLimits, Server, Timeouts,
     observe::Facts,
-    queue::{Observe, QUIET, Queue, Settings},
+    queue::{Observe, Queue, Settings},
 };
 use tokio::{
     io::{AsyncReadExt as _, AsyncWriteExt as _},
@@ -123,7 +123,6 @@ impl Pod {
             timeouts: Timeouts::default(),
             readiness: vec![],
             http2_auto_detect: false,
-            quiet: QUIET,
         };
         let queue = Arc::new(Queue::new(&pool, user, 0, settings).observed(observe));
         let at = listen(Arc::clone(&queue)).await;

@@ -80,7 +80,6 @@ pub(crate) fn settings() -> Settings {
         timeouts: Timeouts::default(),
         readiness: vec![],
         http2_auto_detect: false,
-        quiet: lifl_proxy::queue::QUIET,
     }
 }
 
