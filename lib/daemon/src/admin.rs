@@ -32,7 +32,7 @@ pub async fn serve(listener: TcpListener, supervisor: Supervisor) {
         let supervisor = supervisor.clone();
         tokio::spawn(
             async move {
-                let service = service_fn(|request| answer(request, supervisor.clone()));
+                let service = service_fn(|request: Request<Incoming>| answer(request, supervisor.clone()));
                 let _the_scraper_left = hyper::server::conn::http1::Builder::new()
                     .timer(hyper_util::rt::TokioTimer::new())
                     .serve_connection(TokioIo::new(stream), service)
@@ -44,7 +44,10 @@ pub async fn serve(listener: TcpListener, supervisor: Supervisor) {
     }
 }
 
-async fn answer(request: Request<Incoming>, supervisor: Supervisor) -> Result<Response<Full<Bytes>>, Infallible> {
+pub(crate) async fn answer<B>(
+    request: Request<B>,
+    supervisor: Supervisor,
+) -> Result<Response<Full<Bytes>>, Infallible> {
     let (status, kind, body) = match (request.method(), request.uri().path()) {
         (&Method::GET | &Method::HEAD, "/healthz") => match supervisor.stuck().as_slice() {
             [] => (StatusCode::OK, "text/plain", "ok\n".to_owned()),

@@ -192,6 +192,7 @@ impl Child {
                     }
                     break (config, first, parent);
                 }
+                (ToChild::Ping, _) => channel.send(&FromChild::Pong, &[]).await?,
                 (other, _) => tracing::warn!(?other, "word before the start ignored"),
             }
         };

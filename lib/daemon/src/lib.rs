@@ -28,6 +28,7 @@ mod child;
 mod epochs;
 mod failpoint;
 mod folder;
+mod limit;
 pub mod logs;
 mod socket;
 mod supervisor;
@@ -37,5 +38,6 @@ pub use child::{Child, ChildError, Deposit, Kin, Sibling, Startup, TestSuperviso
 pub use epochs::{Epochs, Standing};
 pub use failpoint::{arm_failpoint, failpoint};
 pub use folder::FolderWatch;
-pub use socket::{NodeSocket, SocketError};
+pub use limit::raise_limit;
+pub use socket::{COORDINATOR_UID, GATEWAY_UID, NodeSocket, SocketError};
 pub use supervisor::{ChildSpec, Scrape, Supervisor, SupervisorError};

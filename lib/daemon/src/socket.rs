@@ -25,8 +25,12 @@ use tokio::io::{Interest, unix::AsyncFd};
 
 use crate::Channel;
 
+/// User of the gateway where its supervisor is root: it parses strangers' bytes and owns nothing.
+pub const GATEWAY_UID: u32 = 65_532;
+/// User of the coordinator in a pod of its own.
+pub const COORDINATOR_UID: u32 = 65_533;
 /// Users of components that need no rights of their own, one each.
-const UNPRIVILEGED: [(u32, &str); 2] = [(65_532, "gateway"), (65_533, "coordinator")];
+const UNPRIVILEGED: [(u32, &str); 2] = [(GATEWAY_UID, "gateway"), (COORDINATOR_UID, "coordinator")];
 /// Supervisors of a node are few.
 const BACKLOG: i32 = 16;
 /// Another hub of the node is looked after so often.
@@ -56,13 +60,13 @@ pub struct SocketError {
     source: io::Error,
 }
 
-fn hint(error: &io::Error) -> &'static str {
+fn hint(error: &io::Error) -> String {
     match error.kind() {
-        io::ErrorKind::NotFound => " (is the node's folder mounted there? see --socket)",
-        io::ErrorKind::PermissionDenied => {
-            " (the agent needs root, the gateway user 65532 or root, the coordinator 65533 or root)"
-        }
-        _ => "",
+        io::ErrorKind::NotFound => " (is the node's folder mounted there? see --socket)".to_owned(),
+        io::ErrorKind::PermissionDenied => format!(
+            " (the agent needs root, the gateway user {GATEWAY_UID} or root, the coordinator {COORDINATOR_UID} or root)"
+        ),
+        _ => String::new(),
     }
 }
 
@@ -202,8 +206,8 @@ mod tests {
         let may = |uid: u32| ["gateway", "coordinator", "agent"].map(|name| may_be(Uid::from_raw(uid), name));
         assert_eq!(may(0), [true; 3]);
         assert_eq!(may(geteuid().as_raw()), [true; 3]);
-        assert_eq!(may(65_532), [true, false, false]);
-        assert_eq!(may(65_533), [false, true, false]);
+        assert_eq!(may(GATEWAY_UID), [true, false, false]);
+        assert_eq!(may(COORDINATOR_UID), [false, true, false]);
         assert_eq!(may(65_531), [false; 3]);
     }
 

@@ -2,6 +2,7 @@
 
 use std::{
     collections::{BTreeMap, HashMap},
+    future::pending,
     io,
     os::{
         fd::{AsFd, BorrowedFd, OwnedFd},
@@ -13,6 +14,7 @@ use std::{
     time::Duration,
 };
 
+use futures_util::{FutureExt as _, future::join_all};
 use rustix::{
     process::{Pid, Signal, WaitOptions, getpid, kill_process, set_child_subreaper, wait},
     time::{ClockId, clock_gettime},
@@ -32,6 +34,8 @@ use crate::{
 };
 
 mod links;
+#[cfg(test)]
+mod tests;
 
 use links::Link;
 
@@ -120,6 +124,8 @@ pub enum SupervisorError {
 struct Life {
     channel: Arc<Channel>,
     pid: Pid,
+    /// It was told its deposits and its configuration: it can be told of siblings.
+    begun: bool,
     ready: bool,
     /// Pings' times that have passed since it was asked; 0 when it has answered.
     unanswered: u32,
@@ -142,6 +148,15 @@ struct Table {
     links: Vec<Link>,
     next_link: u64,
     draining: bool,
+}
+
+// === impl Entry ===
+
+impl Entry {
+    /// The life that hears more than how to begin.
+    fn begun(&self) -> Option<&Life> {
+        self.life.as_ref().filter(|life| life.begun)
+    }
 }
 
 /// Someone to be paired: a component of ours, or one behind a link.
@@ -254,7 +269,7 @@ impl Supervisor {
                 .entries
                 .iter()
                 .filter_map(|(name, e)| {
-                    let life = e.life.as_ref()?;
+                    let life = e.begun()?;
                     Some((*name, life.channel.clone(), life.pid.as_raw_nonzero().get(), e.restarts))
                 })
                 .collect();
@@ -281,21 +296,21 @@ impl Supervisor {
 
     /// Has all components end in order; those that do not within `patience` are killed.
     pub async fn drain(&self, patience: Duration) {
-        let lives: Vec<_> = {
+        let deadline = Instant::now() + patience;
+        // Whoever has yet to begin is told as soon as it has.
+        let begun: Vec<_> = {
             let mut table = self.table();
             table.draining = true;
-            table.entries.values().filter_map(|e| e.life.as_ref().map(|l| (l.channel.clone(), l.pid))).collect()
+            table.entries.values().filter_map(|e| Some(e.begun()?.channel.clone())).collect()
         };
         self.update_ready();
-        for (channel, _) in &lives {
-            let _gone_is_drained = channel.send(&ToChild::Drain, &[]).await;
-        }
-        let deadline = Instant::now() + patience;
+        let told = join_all(begun.iter().map(|channel| channel.send(&ToChild::Drain, &[])));
+        let _gone_is_drained = tokio::time::timeout_at(deadline, told).await;
         let mut ready = self.ready.subscribe();
         while self.table().entries.values().any(|e| e.life.is_some()) {
             if tokio::time::timeout_at(deadline, ready.changed()).await.is_err() {
-                for (_, pid) in &lives {
-                    let _ended_meanwhile = kill_process(*pid, Signal::KILL);
+                for life in self.table().entries.values().filter_map(|e| e.life.as_ref()) {
+                    let _ended_meanwhile = kill_process(life.pid, Signal::KILL);
                 }
                 return;
             }
@@ -342,10 +357,12 @@ impl Supervisor {
         let (mut first, mut failed) = (true, 0);
         loop {
             let began = Instant::now();
-            let (channel, exit) = self.spawn(&spec, first).await?;
+            let (channel, exit) = self.spawn(&spec)?;
             tokio::select! {
                 () = self.listen(name, &channel) => {}
                 () = self.watch_over(name, &channel) => {}
+                // It may never take its first words: it is heard and watched over meanwhile.
+                () = self.begin(&spec, first, &channel).then(|()| pending()) => {}
             }
             let status = exit.await.unwrap_or_else(|_unknown| "unknown status".into());
             let draining = {
@@ -369,15 +386,14 @@ impl Supervisor {
             if failed > 1 {
                 tokio::time::sleep(MAX_PAUSE.min(Duration::from_millis(50) * 2u32.saturating_pow(failed))).await;
             }
+            if self.is_draining() {
+                return Ok(());
+            }
             first = false;
         }
     }
 
-    async fn spawn(
-        &self,
-        spec: &ChildSpec,
-        first: bool,
-    ) -> Result<(Arc<Channel>, oneshot::Receiver<String>), SupervisorError> {
+    fn spawn(&self, spec: &ChildSpec) -> Result<(Arc<Channel>, oneshot::Receiver<String>), SupervisorError> {
         let name = spec.name;
         let (ours, theirs) = Channel::pair()?;
         let mut command = Command::new(&spec.program);
@@ -394,14 +410,29 @@ impl Supervisor {
         let channel = Arc::new(Channel::new(ours)?);
         let (exited, exit) = oneshot::channel();
         // Nothing is reaped between this and its start: both are in one step of one thread.
-        self.table().exits.insert(pid.as_raw_nonzero().get(), exited);
-        self.restore(spec, first, &channel).await;
-        if let Some(entry) = self.table().entries.get_mut(name) {
-            entry.life = Some(Life { channel: channel.clone(), pid, ready: false, unanswered: 0 });
+        let mut table = self.table();
+        table.exits.insert(pid.as_raw_nonzero().get(), exited);
+        if let Some(entry) = table.entries.get_mut(name) {
+            entry.life = Some(Life { channel: channel.clone(), pid, begun: false, ready: false, unanswered: 0 });
         }
-        let _receiver_lives_as_long = self.changed.send(());
-        self.pair(End { name: name.to_owned(), epoch: self.epoch, channel: channel.clone() }).await;
         Ok((channel, exit))
+    }
+
+    /// Tells a new life how to begin, that it is to end if everything drains already, and whom it has to do with.
+    async fn begin(&self, spec: &ChildSpec, first: bool, channel: &Arc<Channel>) {
+        self.restore(spec, first, channel).await;
+        let draining = {
+            let mut table = self.table();
+            if let Some(life) = table.entries.get_mut(spec.name).and_then(|entry| entry.life.as_mut()) {
+                life.begun = true;
+            }
+            table.draining
+        };
+        let _receiver_lives_as_long = self.changed.send(());
+        if draining {
+            let _its_end_will_tell = channel.send(&ToChild::Drain, &[]).await;
+        }
+        self.pair(End { name: spec.name.to_owned(), epoch: self.epoch, channel: channel.clone() }).await;
     }
 
     /// Tells a new life its deposits and its configuration; errors show as its end.
@@ -439,7 +470,7 @@ impl Supervisor {
         let own = table.entries.get(name).map(|entry| &entry.peers);
         let living = |(peer, entry): (&&'static str, &Entry)| {
             let wanted = own.map_or_else(|| entry.peers.contains(&name), |peers| peers.contains(peer));
-            let life = entry.life.as_ref().filter(|_| wanted && *peer != name)?;
+            let life = entry.begun().filter(|_| wanted && *peer != name)?;
             Some(End { name: (*peer).to_owned(), epoch: self.epoch, channel: life.channel.clone() })
         };
         let mut siblings: Vec<End> = table.entries.iter().filter_map(living).collect();
@@ -535,60 +566,5 @@ async fn introduce(to: &End, sibling: &End, channel: OwnedFd) {
     let word = ToChild::Peer { name: sibling.name.clone(), epoch: sibling.epoch };
     if tokio::time::timeout(PAIR_TIMEOUT, to.channel.send(&word, &[channel.as_fd()])).await.is_err() {
         tracing::error!(name = to.name, sibling = sibling.name, "a component does not take its channel to a sibling");
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use std::os::unix::process::ExitStatusExt as _;
-
-    use super::*;
-
-    /// A supervisor of a child, which is this process, over this channel.
-    fn supervising(process: &std::process::Child, channel: &Arc<Channel>) -> Supervisor {
-        let ready = Arc::new(watch::Sender::new(false));
-        let changed = mpsc::unbounded_channel().0;
-        let supervisor = Supervisor { table: Arc::default(), ready, changed, epoch: 1, pairing: Arc::default() };
-        let pid = Pid::from_child(process);
-        let life = Life { channel: channel.clone(), pid, ready: true, unanswered: 0 };
-        let mut table = supervisor.table();
-        table.exits.insert(pid.as_raw_nonzero().get(), oneshot::channel().0);
-        table.entries.insert("gateway", Entry { life: Some(life), ..Entry::default() });
-        drop(table);
-        supervisor
-    }
-
-    #[tokio::test(start_paused = true)]
-    async fn who_does_not_answer_is_killed_and_who_does_lives_on() {
-        for answers in [true, false] {
-            let mut process = Command::new("sleep").arg("1000").spawn().unwrap();
-            let (ours, theirs) = Channel::pair().unwrap();
-            let (channel, theirs) = (Arc::new(Channel::new(ours).unwrap()), Channel::new(theirs).unwrap());
-            let supervisor = supervising(&process, &channel);
-            let over = supervisor.clone();
-            let watching = tokio::spawn(async move { over.watch_over("gateway", &channel).await });
-            let child = supervisor.clone();
-            let answering = tokio::spawn(async move {
-                while let Ok(Some((word, _))) = theirs.recv::<ToChild>().await {
-                    assert!(matches!(word, ToChild::Ping), "{word:?}");
-                    if answers {
-                        child.hear("gateway", FromChild::Pong, Vec::new());
-                    }
-                }
-            });
-            let long = PING * UNANSWERED + PING / 2;
-            tokio::time::sleep(long).await;
-            assert_eq!(supervisor.stuck(), if answers { vec![] } else { vec!["gateway"] });
-            assert_eq!(process.try_wait().unwrap(), None, "a machine may have stood still");
-            tokio::time::sleep(PING).await;
-            if answers {
-                tokio::time::sleep(long * 9).await;
-                assert_eq!((process.try_wait().unwrap(), supervisor.stuck()), (None, vec![]));
-                process.kill().unwrap();
-            }
-            assert_eq!(process.wait().unwrap().signal(), Some(9));
-            watching.abort();
-            answering.abort();
-        }
     }
 }

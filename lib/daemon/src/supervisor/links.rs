@@ -2,8 +2,6 @@
 
 use std::{path::PathBuf, sync::Arc};
 
-use futures_util::FutureExt as _;
-
 use super::*;
 use crate::socket::{self, Caller, NodeSocket};
 
@@ -250,13 +248,13 @@ impl Supervisor {
 
     fn life(&self, name: &str) -> Option<Remote> {
         let table = self.table();
-        let life = table.entries.get(name)?.life.as_ref()?;
+        let life = table.entries.get(name)?.begun()?;
         // One that drains gives way to whoever is there.
         Some(Remote { pid: life.pid.as_raw_nonzero().get(), ready: life.ready && !table.draining })
     }
 
     async fn pass_on(&self, name: &str, word: &ToChild, fds: &[OwnedFd]) {
-        let channel = self.table().entries.get(name).and_then(|entry| Some(entry.life.as_ref()?.channel.clone()));
+        let channel = self.table().entries.get(name).and_then(|entry| Some(entry.begun()?.channel.clone()));
         if let Some(channel) = channel {
             let fds: Vec<BorrowedFd<'_>> = fds.iter().map(AsFd::as_fd).collect();
             let _its_end_will_tell = channel.send(word, &fds).await;
