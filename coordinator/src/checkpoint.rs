@@ -165,21 +165,15 @@ fn chain(error: &dyn std::error::Error) -> String {
     text
 }
 
-/// The path of a `file:` URI; relative paths begin in `base`.
+/// The path of a `file:` URI.
 ///
 /// # Errors
-/// [`CheckpointError::Uri`] for other schemes and hosts.
-pub fn path_of(uri: &str, base: Option<&Path>) -> Result<PathBuf, CheckpointError> {
+/// [`CheckpointError::Uri`] for other schemes and hosts, and for what is no URI.
+pub fn path_of(uri: &str) -> Result<PathBuf, CheckpointError> {
     let fail = || CheckpointError::Uri(uri.to_owned());
-    match (uri.contains(':'), base) {
-        (true, _) => {
-            let url = url::Url::parse(uri).map_err(|_not_a_uri| fail())?;
-            let local = url.scheme() == "file" && uri.starts_with("file:///");
-            local.then(|| url.to_file_path().ok()).flatten().ok_or_else(fail)
-        }
-        (false, Some(base)) => Ok(base.join(uri)),
-        (false, None) => Err(fail()),
-    }
+    let url = url::Url::parse(uri).map_err(|_not_a_uri| fail())?;
+    let local = url.scheme() == "file" && uri.starts_with("file:///");
+    local.then(|| url.to_file_path().ok()).flatten().ok_or_else(fail)
 }
 
 fn key(round: u32, file: &str) -> Key {
@@ -208,8 +202,8 @@ impl Checkpoint {
     ///
     /// # Errors
     /// [`CheckpointError`].
-    pub fn open(uri: &str, base: Option<&Path>) -> Result<Self, CheckpointError> {
-        let root = path_of(uri, base)?;
+    pub fn open(uri: &str) -> Result<Self, CheckpointError> {
+        let root = path_of(uri)?;
         std::fs::create_dir_all(&root).map_err(|source| CheckpointError::Io { path: root.clone(), source })?;
         let store = LocalFileSystem::new_with_prefix(&root)?.with_fsync(true);
         Ok(Self {

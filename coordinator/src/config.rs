@@ -18,9 +18,6 @@ pub struct Config {
     /// Or the jobs of a Kubernetes.
     #[serde(default)]
     pub kubernetes: Option<Kubernetes>,
-    /// Where relative paths of `file:` URIs begin; absolute ones need no such folder.
-    #[serde(default)]
-    pub state_dir: Option<PathBuf>,
     /// Shared memory of all jobs, bytes; the agent's limit holds where it is smaller.
     #[serde(default)]
     pub shm_limit: Option<u64>,

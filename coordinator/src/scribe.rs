@@ -8,12 +8,10 @@ use std::collections::BTreeMap;
 use lifl_api::job::{FederatedJobStatus, Phase};
 use lifl_cluster::Key;
 
-use crate::backoff::backoff;
+use crate::backoff::{RETRY_MOST, backoff_up_to};
 
 /// Writes of one status are so far apart.
 const PAUSE: i64 = 1_000;
-/// An API server that is away is tried at least so often.
-const RETRY_MOST: i64 = 30_000;
 
 /// The statuses that are to be written.
 #[derive(Debug, Default)]
@@ -101,7 +99,7 @@ impl Scribe {
             Outcome::Gone => drop(self.lines.remove(key)),
             Outcome::Stale | Outcome::Failed => {
                 line.unwritten = true;
-                line.refused_until = now + backoff(line.failures).min(RETRY_MOST);
+                line.refused_until = now + backoff_up_to(RETRY_MOST, line.failures);
                 line.failures = line.failures.saturating_add(1);
             }
         }

@@ -8,12 +8,13 @@ use std::collections::BTreeMap;
 use lifl_api::job::SecretRef;
 use lifl_cluster::Key;
 
-use crate::{backoff::backoff, wish::Secret};
+use crate::{
+    backoff::{RETRY_MOST, backoff_up_to},
+    wish::Secret,
+};
 
 /// One that was read is read again after this.
 const AGAIN: i64 = 60_000;
-/// One that is missing is looked for at least so often.
-const RETRY_MOST: i64 = 30_000;
 
 /// The Secrets of all jobs, by job.
 #[derive(Debug, Default)]
@@ -36,6 +37,8 @@ struct Entry {
 pub(crate) struct Reading {
     pub(crate) job: Key,
     pub(crate) reference: SecretRef,
+    /// Of the spec that asks for it: what an older one asked for may be the value before.
+    generation: i64,
 }
 
 /// Why a Secret was not read.
@@ -60,12 +63,12 @@ impl Secrets {
             at: 0,
             failures: 0,
         });
-        if entry.reference != *reference {
-            (entry.value, entry.busy) = (Secret::Unknown, false);
-            entry.reference = reference.clone();
+        let another = entry.reference != *reference;
+        if another {
+            (entry.value, entry.reference) = (Secret::Unknown, reference.clone());
         }
-        if entry.generation != generation {
-            (entry.generation, entry.at, entry.failures) = (generation, 0, 0);
+        if another || entry.generation != generation {
+            (entry.generation, entry.busy, entry.at, entry.failures) = (generation, false, 0, 0);
         }
     }
 
@@ -84,7 +87,7 @@ impl Secrets {
         let due = self.by_job.iter_mut().filter(|(_, entry)| !entry.busy && entry.at <= now);
         let reading = |(job, entry): (&Key, &mut Entry)| {
             entry.busy = true;
-            Reading { job: job.clone(), reference: entry.reference.clone() }
+            Reading { job: job.clone(), reference: entry.reference.clone(), generation: entry.generation }
         };
         due.map(reading).collect()
     }
@@ -96,9 +99,10 @@ impl Secrets {
 
     /// What was read, or why not; whether the job has another Secret by it.
     pub(crate) fn read(&mut self, reading: &Reading, found: Result<String, Unread>, now: i64) -> bool {
-        let entry =
-            self.by_job.get_mut(&reading.job).filter(|entry| entry.busy && entry.reference == reading.reference);
-        let Some(entry) = entry else { return false };
+        let is_asked = |entry: &&mut Entry| {
+            entry.busy && (entry.generation, &entry.reference) == (reading.generation, &reading.reference)
+        };
+        let Some(entry) = self.by_job.get_mut(&reading.job).filter(is_asked) else { return false };
         entry.busy = false;
         let value = match found {
             Ok(value) => {
@@ -106,7 +110,7 @@ impl Secrets {
                 Secret::Here(value)
             }
             Err(why) => {
-                entry.at = now + backoff(entry.failures).min(RETRY_MOST);
+                entry.at = now + backoff_up_to(RETRY_MOST, entry.failures);
                 entry.failures = entry.failures.saturating_add(1);
                 // A job that has its Secret keeps it: an API server that is away takes nothing from it.
                 match (&entry.value, why) {
@@ -188,7 +192,14 @@ mod tests {
         secrets.read(&second, Ok("a".into()), 0);
         assert!(secrets.due(1).is_empty());
         secrets.want(&job(), 3, &reference("other"));
-        assert_eq!((secrets.due(1).len(), secrets.of(&job())), (1, Secret::Here("a".into())));
+        assert_eq!(secrets.of(&job()), Secret::Here("a".into()));
+        let third = secrets.due(1).remove(0);
+        // The spec changes again before the answer comes: it is read again at once, and the answer may be the old value.
+        secrets.want(&job(), 4, &reference("other"));
+        let fourth = secrets.due(1).remove(0);
+        assert!(!secrets.read(&third, Ok("of the old one".into()), 1));
+        assert!(secrets.read(&fourth, Ok("b".into()), 1));
+        assert_eq!(secrets.of(&job()), Secret::Here("b".into()));
         secrets.forget(&job());
         assert_eq!((secrets.of(&job()), secrets.wake()), (Secret::None, None));
     }

@@ -2,7 +2,10 @@
 
 use std::{fs::File, io::Write as _, os::fd::OwnedFd};
 
-use lifl_api::{job::FederatedJob, node::ReceiptEntry};
+use lifl_api::{
+    job::FederatedJob,
+    node::{ChainState, ReceiptEntry},
+};
 use rustix::fs::{MemfdFlags, memfd_create};
 
 mod api;
@@ -48,4 +51,10 @@ fn receipt(count: u32) -> Vec<ReceiptEntry> {
     let entry =
         |i| ReceiptEntry { source: format!("/c{i}"), id: format!("r-{i}"), weight: 2.0, digest: "crc32c-0".into() };
     (0..count).map(entry).collect()
+}
+
+/// What a gateway says of a chain whose round is open and empty.
+fn chain_state(chain: u32, job: &str, round: u32) -> ChainState {
+    let (namespace, job) = ("default".to_owned(), job.to_owned());
+    ChainState { chain, namespace, job, round, open: true, admitted: 0, model_round: None }
 }

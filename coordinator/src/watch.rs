@@ -90,8 +90,8 @@ struct Watch {
     agent: Option<Peer<Order>>,
     gateway: Option<Peer<ToGateway>>,
     /// Number of the last connection.
-    epoch: u64,
-    /// Of the siblings' supervisors, by name.
+    connection: u64,
+    /// Epochs of the siblings' supervisors, by name.
     siblings: BTreeMap<String, u64>,
     /// What the agent said of its node when it connected.
     node: Option<Node>,
@@ -138,7 +138,7 @@ async fn work(child: Child, mut startup: Startup) -> Result<(), CoordinatorError
         metrics,
         agent: None,
         gateway: None,
-        epoch: 0,
+        connection: 0,
         siblings: BTreeMap::new(),
         node: None,
         at_agent: Vec::new(),
@@ -216,17 +216,17 @@ impl Watch {
     }
 
     fn connect(&mut self, name: &str, channel: Channel) {
-        self.epoch += 1;
-        let (epoch, words) = (self.epoch, self.words.clone());
+        self.connection += 1;
+        let (connection, words) = (self.connection, self.words.clone());
         match name {
             "agent" => {
-                let hear = move |heard| words.send(Word::Agent(epoch, heard)).is_ok();
-                self.agent = Some(Peer::new(epoch, channel, hear));
+                let hear = move |heard| words.send(Word::Agent(connection, heard)).is_ok();
+                self.agent = Some(Peer::new(connection, channel, hear));
                 self.node = None;
             }
             "gateway" => {
-                let hear = move |heard| words.send(Word::Gateway(epoch, heard)).is_ok();
-                let gateway = Peer::new(epoch, channel, hear);
+                let hear = move |heard| words.send(Word::Gateway(connection, heard)).is_ok();
+                let gateway = Peer::new(connection, channel, hear);
                 if let Some(listener) = &self.clients {
                     gateway.tell(ToGateway::Clients, Some(listener.clone()), None);
                 }
@@ -239,20 +239,24 @@ impl Watch {
 
     async fn hear(&mut self, word: Word) {
         match word {
-            Word::Agent(epoch, heard) if self.agent.as_ref().is_some_and(|a| a.epoch == epoch) => match heard {
-                Some((event, _)) => self.hear_agent(event).await,
-                None => {
-                    (self.agent, self.node) = (None, None);
-                    self.tell_all(|_| Some(Event::AgentDown)).await;
+            Word::Agent(connection, heard) if self.agent.as_ref().is_some_and(|a| a.connection == connection) => {
+                match heard {
+                    Some((event, _)) => self.hear_agent(event).await,
+                    None => {
+                        (self.agent, self.node) = (None, None);
+                        self.tell_all(|_| Some(Event::AgentDown)).await;
+                    }
                 }
-            },
-            Word::Gateway(epoch, heard) if self.gateway.as_ref().is_some_and(|g| g.epoch == epoch) => match heard {
-                Some((word, fds)) => self.hear_gateway(word, fds).await,
-                None => {
-                    (self.gateway, self.at_gateway) = (None, None);
-                    self.tell_all(|_| Some(Event::GatewayDown)).await;
+            }
+            Word::Gateway(connection, heard) if self.gateway.as_ref().is_some_and(|g| g.connection == connection) => {
+                match heard {
+                    Some((word, fds)) => self.hear_gateway(word, fds).await,
+                    None => {
+                        (self.gateway, self.at_gateway) = (None, None);
+                        self.tell_all(|_| Some(Event::GatewayDown)).await;
+                    }
                 }
-            },
+            }
             Word::Agent(..) | Word::Gateway(..) => {}
             Word::EndStored(index, result) => {
                 self.complain(index, "the job's end", result.as_ref().err());

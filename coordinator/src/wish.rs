@@ -12,14 +12,11 @@ use lifl_api::job::{FederatedJob, FederatedJobSpec, FederatedJobStatus, Phase as
 use lifl_cluster::Key;
 
 use crate::{
-    backoff::backoff,
+    backoff::{RETRY_MOST, backoff_up_to},
     plan::Refusal,
     state::{Absent, JobState, Jobs, key_of},
     status::{kind, set_condition},
 };
-
-/// Tries to read a checkpoint or a first model are at most so far apart.
-const RETRY_MOST: i64 = 30_000;
 
 /// One FederatedJob of an API server.
 #[derive(Clone, Debug, PartialEq)]
@@ -69,7 +66,6 @@ pub(crate) struct Look<'a> {
     pub(crate) jobs: &'a Jobs,
     /// Jobs whose checkpoints are being read.
     pub(crate) loading: &'a BTreeSet<Key>,
-    pub(crate) absent: &'a BTreeMap<Key, Absent>,
     pub(crate) at_once: usize,
     pub(crate) now: i64,
 }
@@ -105,7 +101,8 @@ pub(crate) fn steps(look: &Look<'_>) -> Vec<Step> {
     }
     candidates.sort_by_key(|(created, key, _)| (*created, *key));
     for (_, key, wish) in candidates {
-        let known = look.absent.get(key).filter(|a| (a.uid.as_str(), a.generation) == (&wish.uid, wish.generation));
+        let known =
+            look.jobs.absent.get(key).filter(|a| (a.uid.as_str(), a.generation) == (&wish.uid, wish.generation));
         if known.and_then(|absent| absent.retry_at).is_some_and(|at| look.now < at) {
             continue;
         }
@@ -121,7 +118,7 @@ pub(crate) fn steps(look: &Look<'_>) -> Vec<Step> {
             Some(Err(_said_already)) => {}
         }
     }
-    let unwished = look.absent.keys().filter(|key| !look.wishes.contains_key(*key) || held.contains(*key));
+    let unwished = look.jobs.absent.keys().filter(|key| !look.wishes.contains_key(*key) || held.contains(*key));
     steps.extend(unwished.cloned().map(Step::Forget));
     steps
 }
@@ -253,7 +250,7 @@ impl Wish {
             before.filter(|a| (&a.uid, a.generation) == (&self.uid, self.generation)).map_or(0, |a| a.failures);
         let message = format!("{} (paths are those of the coordinator's container)", refusal.message);
         let mut absent = self.waiting(refusal.reason, &message, now);
-        (absent.retry_at, absent.failures) = (Some(now + backoff(failures).min(RETRY_MOST)), failures + 1);
+        (absent.retry_at, absent.failures) = (Some(now + backoff_up_to(RETRY_MOST, failures)), failures + 1);
         absent
     }
 

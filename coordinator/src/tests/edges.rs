@@ -20,7 +20,7 @@ use serde_json::json;
 use tempfile::TempDir;
 use tokio::task::JoinHandle;
 
-use super::{job, model, receipt, segment};
+use super::{chain_state, job, model, receipt, segment};
 use crate::CoordinatorError;
 
 /// Only bounds a hanging test; nothing is measured by it.
@@ -204,15 +204,7 @@ async fn a_killed_coordinator_goes_on_with_the_open_round() {
         (json!(1), json!(2))
     );
     bench.run.abort();
-    let state = ChainState {
-        chain: 1,
-        namespace: "default".into(),
-        job: "digits".into(),
-        round: 2,
-        open: true,
-        admitted: 1,
-        model_round: Some(1),
-    };
+    let state = ChainState { admitted: 1, model_round: Some(1), ..chain_state(1, "digits", 2) };
     let bench = Bench::new(&document, vec![second.unwrap()], vec![state]).await;
     bench.plan().await;
     let (round, length) = bench

@@ -8,7 +8,7 @@ use serde_json::{Value, json};
 use tempfile::TempDir;
 use tokio::{sync::mpsc, task::JoinHandle};
 
-use super::{api::Api, edges::PATIENCE, model, receipt, segment};
+use super::{api::Api, chain_state, edges::PATIENCE, model, receipt, segment};
 use crate::CoordinatorError;
 
 struct Bench {
@@ -304,15 +304,7 @@ async fn an_api_server_that_is_away_holds_up_nothing() {
         }
     };
     assert!(life.run.await.unwrap_err().is_cancelled());
-    let state = ChainState {
-        chain,
-        namespace: "default".into(),
-        job: "digits".into(),
-        round: 2,
-        open: true,
-        admitted: 1,
-        model_round: Some(1),
-    };
+    let state = ChainState { admitted: 1, model_round: Some(1), ..chain_state(chain, "digits", 2) };
     bench.live(vec![kept, round], vec![state], false).await;
     let life = bench.life();
     assert_eq!(life.planned().await, chain);
@@ -364,15 +356,7 @@ async fn what_ended_while_nobody_looked_is_removed_and_what_failed_is_not_tried_
     bench.api.until("failed", is("Failed")).await;
     bench.life().run.abort();
     // The next life finds a chain of a job that is no more; and would have a journal for the other.
-    let gone = ChainState {
-        chain: 7,
-        namespace: "default".into(),
-        job: "gone".into(),
-        round: 2,
-        open: true,
-        admitted: 1,
-        model_round: Some(1),
-    };
+    let gone = ChainState { admitted: 1, model_round: Some(1), ..chain_state(7, "gone", 2) };
     let kept = ChainState { chain: 8, job: "failed".into(), ..gone.clone() };
     bench.live(vec![], vec![gone, kept], true).await;
     let life = bench.life();

@@ -12,7 +12,7 @@ use lifl_api::{
     node::{ChainState, Order, ReceiptEntry, ToGateway},
 };
 
-use super::job;
+use super::{chain_state, job};
 use crate::{
     plan::Shape,
     round::{Action, Event, StoreFailure, decide, wake},
@@ -205,13 +205,10 @@ impl World {
         self.to_gateway.clear();
         self.from_gateway.clear();
         let state = (self.gateway.chain > 0).then(|| ChainState {
-            chain: self.gateway.chain,
-            namespace: "default".into(),
-            job: "digits".into(),
-            round: self.gateway.round,
             open: self.gateway.open,
             admitted: u32::try_from(self.gateway.admitted.len()).unwrap(),
             model_round: self.gateway.model,
+            ..chain_state(self.gateway.chain, "digits", self.gateway.round)
         });
         let hello: Vec<_> = state.iter().cloned().collect();
         assert!(self.jobs.assign(&hello).is_empty(), "a chain is given up");

@@ -6,7 +6,7 @@ use lifl_api::{
     node::{ChainState, Order, ToGateway},
 };
 
-use super::{job, receipt};
+use super::{chain_state, job, receipt};
 use crate::{
     plan::{Refusal, Shape},
     round::{Action, Change, Event, StoreFailure, decide, wake},
@@ -373,15 +373,7 @@ fn a_later_life_knows_that_the_stop_condition_was_met() {
     assert!(t.told(|w| matches!(w, ToGateway::Finish { succeeded: true, reason, .. } if reason.contains("0.95"))));
     assert!(!t.last.iter().any(|a| matches!(a, Action::StoreEnd { .. } | Action::Agent(_))), "{:?}", t.last);
     // Updates were acknowledged after it: they are not left behind.
-    let ledger = |admitted| ChainState {
-        chain: 1,
-        namespace: "default".into(),
-        job: "digits".into(),
-        round: 2,
-        open: true,
-        admitted,
-        model_round: Some(1),
-    };
+    let ledger = |admitted| ChainState { admitted, model_round: Some(1), ..chain_state(1, "digits", 2) };
     let mut t = Table::new(document(), ended(), &[ledger(1)]);
     t.at(0, Event::AgentUp(Node { quota: 1 << 30, cores: 2 })).at(0, Event::GatewayUp(Some(ledger(1))));
     assert_eq!(t.job().phase(), Phase::Planning);
@@ -481,15 +473,7 @@ fn chains_are_the_gateways_then_the_checkpoints_then_free_ones() {
         let loaded = Loaded { chain, model: Some((stored(committed), SHAPE)), ..Loaded::default() };
         JobState::new("j".into(), document, None, 0, loaded, 0)
     };
-    let known = |name: &str, chain, round| ChainState {
-        chain,
-        namespace: "default".into(),
-        job: name.into(),
-        round,
-        open: true,
-        admitted: 0,
-        model_round: None,
-    };
+    let known = |name: &str, chain, round| chain_state(chain, name, round);
     let refusal = Refusal { reason: "Conflict", message: "twice".into() };
     let twin = JobState::refused("k".into(), job(1, 1, 1, "file:///c", "file:///m", ""), &refusal, true, 0);
     let mut jobs = Jobs::new(vec![
@@ -566,15 +550,7 @@ fn numbers_of_chains_that_are_going_are_not_given_again() {
         (document.metadata.name, document.metadata.uid) = (Some(name.into()), Some(uid.into()));
         JobState::new("j".into(), document, None, 0, Loaded { chain: Some(1), ..Loaded::default() }, 0)
     };
-    let at_gateway = |name: &str, chain| ChainState {
-        chain,
-        namespace: "default".into(),
-        job: name.into(),
-        round: 1,
-        open: true,
-        admitted: 0,
-        model_round: None,
-    };
+    let at_gateway = |name: &str, chain| chain_state(chain, name, 1);
     let mut jobs = Jobs::new(vec![named("a", "1")]);
     assert!(jobs.assign(&[]).is_empty());
     assert_eq!(jobs.remove(0).unwrap().chain(), Some(1));

@@ -212,7 +212,7 @@ async fn write(writer: &Writer, seen: &JobObject, status: FederatedJobStatus) ->
 }
 
 async fn secret(client: &Client, reading: &Reading) -> Result<String, Unread> {
-    let Reading { job, reference } = reading;
+    let Reading { job, reference, .. } = reading;
     let key = Key { namespace: job.namespace.clone(), name: reference.name.clone() };
     let named = format!("spec.auth.tokenSecretRef: Secret {key}");
     let failed = |error: ReadError| {

@@ -1,6 +1,6 @@
 //! What belongs to a job but cannot be decided about: its checkpoint, the descriptors of its models.
 
-use std::{os::fd::OwnedFd, path::PathBuf, sync::Arc};
+use std::{os::fd::OwnedFd, sync::Arc};
 
 use lifl_api::{job::FederatedJob, manifest::Manifest};
 
@@ -30,20 +30,18 @@ pub(super) struct Desk {
 pub(super) fn load(
     entry: JobEntry,
     saved: Option<SavedRound>,
-    base: Option<PathBuf>,
     gathering: i64,
     runtime: &tokio::runtime::Handle,
     now: i64,
 ) -> Result<(JobState, Desk), Refusal> {
     let JobEntry { path, document, join_secret } = entry;
-    let (loaded, desk) = begin(&document, saved, base, runtime)?;
+    let (loaded, desk) = begin(&document, saved, runtime)?;
     Ok((JobState::new(path, document, join_secret, gathering, loaded, now), desk))
 }
 
 fn begin(
     document: &FederatedJob,
     saved: Option<SavedRound>,
-    base: Option<PathBuf>,
     runtime: &tokio::runtime::Handle,
 ) -> Result<(Loaded, Desk), Refusal> {
     let uri = &document.spec.checkpoint.uri;
@@ -52,14 +50,14 @@ fn begin(
         message: format!("spec.checkpoint.uri {uri}: {error}"),
     };
     document.validate().map_err(|e| Refusal { reason: "Invalid", message: e.to_string() })?;
-    let mut checkpoint = Checkpoint::open(&document.spec.checkpoint.uri, base.as_deref()).map_err(unusable)?;
+    let mut checkpoint = Checkpoint::open(&document.spec.checkpoint.uri).map_err(unusable)?;
     checkpoint.lock().map_err(unusable)?;
     let finished = runtime.block_on(checkpoint.finished()).map_err(unusable)?;
     let identity = checkpoint.identity(document.namespace(), document.name()).map_err(unusable)?;
     let Newest { committed, history, warning } = runtime.block_on(checkpoint.newest()).map_err(unusable)?;
     let found = match (committed, &document.spec.model.initial.uri) {
         (Some((commit, sealed)), _) => Some((commit.round, checkpoint.model_uri(commit.round), sealed)),
-        (None, Some(uri)) => Some((0, uri.clone(), initial(uri, base)?)),
+        (None, Some(uri)) => Some((0, uri.clone(), initial(uri)?)),
         (None, None) => None,
     };
     let mut loaded =
@@ -88,8 +86,8 @@ fn begin(
     Ok((loaded, desk))
 }
 
-fn initial(uri: &str, base: Option<PathBuf>) -> Result<Sealed, Refusal> {
-    let read = || checkpoint::initial(&checkpoint::path_of(uri, base.as_deref())?);
+fn initial(uri: &str) -> Result<Sealed, Refusal> {
+    let read = || checkpoint::initial(&checkpoint::path_of(uri)?);
     read().map_err(|error| Refusal {
         reason: "InitialModelUnreadable",
         message: format!("spec.model.initial.uri {uri}: {error}"),

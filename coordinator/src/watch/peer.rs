@@ -16,7 +16,7 @@ use tokio::{
 #[derive(Debug)]
 pub(super) struct Peer<Out> {
     /// Number of the connection: words of an older one are ignored.
-    pub(super) epoch: u64,
+    pub(super) connection: u64,
     out: UnboundedSender<Outgoing<Out>>,
     _tasks: JoinSet<()>,
 }
@@ -32,7 +32,7 @@ pub(super) type Heard<In> = Option<(In, Vec<OwnedFd>)>;
 impl<Out: Serialize + Send + Sync + 'static> Peer<Out> {
     /// Reads from `channel` into `hear`, and writes to it.
     pub(super) fn new<In: DeserializeOwned + Send + 'static>(
-        epoch: u64,
+        connection: u64,
         channel: Channel,
         hear: impl Fn(Heard<In>) -> bool + Send + 'static,
     ) -> Self {
@@ -72,7 +72,7 @@ impl<Out: Serialize + Send + Sync + 'static> Peer<Out> {
                 }
             }
         });
-        Self { epoch, out, _tasks: tasks }
+        Self { connection, out, _tasks: tasks }
     }
 
     /// Queues a message; dropped when the sibling is gone, because the next one is told everything.

@@ -180,9 +180,9 @@ impl Watch {
     fn load(&mut self, entry: &JobEntry) -> tokio::task::JoinHandle<Read> {
         let gathering = i64::try_from(self.config.gathering_ms).unwrap_or(i64::MAX / 4);
         let key = format!("{DEPOSIT}{}", key_of(&entry.document));
-        let (entry, saved, base) = (entry.clone(), self.roster.saved.remove(&key), self.config.state_dir.clone());
+        let (entry, saved) = (entry.clone(), self.roster.saved.remove(&key));
         let runtime = Handle::current();
-        tokio::task::spawn_blocking(move || desk::load(entry, saved, base, gathering, &runtime, now()).map(Box::new))
+        tokio::task::spawn_blocking(move || desk::load(entry, saved, gathering, &runtime, now()).map(Box::new))
     }
 
     fn enter(&mut self, (job, desk): (JobState, Desk)) -> usize {
@@ -214,8 +214,7 @@ impl Watch {
         let todo = {
             let jobs = lock(&self.jobs);
             let at_once = usize::try_from(kubernetes.jobs_at_once).unwrap_or(usize::MAX).max(1);
-            let (loading, absent) = (&self.roster.loading, &jobs.absent);
-            steps(&Look { wishes, jobs: &jobs, loading, absent, at_once, now: now() })
+            steps(&Look { wishes, jobs: &jobs, loading: &self.roster.loading, at_once, now: now() })
         };
         for step in todo {
             match step {

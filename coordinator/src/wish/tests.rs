@@ -55,7 +55,7 @@ impl World {
 
     fn steps(&self, at_once: usize) -> Vec<Step> {
         let Self { wishes, jobs, loading, now } = self;
-        steps(&Look { wishes, jobs, loading, absent: &jobs.absent, at_once, now: *now })
+        steps(&Look { wishes, jobs, loading, at_once, now: *now })
     }
 
     /// The reason and the message of the only refusal.
