@@ -23,21 +23,26 @@ const DIALLED: usize = side::DIALLED as usize;
 /// Makes this binary the process that [`nothing_is_left_behind`] kills.
 const CHILD: &str = "--load-and-wait";
 
+/// Tests by the names of their functions.
+macro_rules! trials {
+    ($($name:ident),* $(,)?) => { [$((stringify!($name), $name as Case)),*] };
+}
+
 fn main() {
     if std::env::args().nth(1).as_deref() == Some(CHILD) {
         return child().expect("child");
     }
     let refusal = Traffic::load().err().map(|error| error.to_string());
-    let cases: [(&str, Case); 9] = [
-        ("bytes_of_both_ends_are_those_that_were_sent", bytes_of_both_ends_are_those_that_were_sent),
-        ("whoever_closes_first_not_a_byte_differs", whoever_closes_first_not_a_byte_differs),
-        ("a_connection_that_stands_is_counted_when_asked_and_not_twice", standing_is_counted_when_asked_and_not_twice),
-        ("a_dial_in_vain_is_counted_as_that", a_dial_in_vain_is_counted_as_that),
-        ("sockets_without_mark_and_places_that_are_closed_are_not_counted", others_are_not_counted),
-        ("a_successor_adopts_what_was_counted_and_what_stands", a_successor_adopts),
-        ("a_listener_can_be_marked_anew", a_listener_can_be_marked_anew),
-        ("nothing_runs_while_nobody_opens_or_closes", nothing_runs_while_nobody_opens_or_closes),
-        ("nothing_is_left_behind", nothing_is_left_behind),
+    let cases = trials![
+        bytes_of_both_ends_are_those_that_were_sent,
+        whoever_closes_first_not_a_byte_differs,
+        a_connection_that_stands_is_counted_when_asked_and_not_twice,
+        a_dial_in_vain_is_counted_as_that,
+        sockets_without_mark_and_places_that_are_closed_are_not_counted,
+        a_successor_adopts_what_was_counted_and_what_stands,
+        a_listener_can_be_marked_anew,
+        nothing_runs_while_nobody_opens_or_closes,
+        nothing_is_left_behind,
     ];
     let trials = cases.into_iter().map(|(name, case)| {
         let why = refusal.as_ref().map(|why| format!(" ({why})")).unwrap_or_default();
@@ -157,7 +162,7 @@ fn whoever_closes_first_not_a_byte_differs() -> Outcome {
     Ok(())
 }
 
-fn standing_is_counted_when_asked_and_not_twice() -> Outcome {
+fn a_connection_that_stands_is_counted_when_asked_and_not_twice() -> Outcome {
     let traffic = Traffic::load()?;
     let (listener, address) = listener(&traffic)?;
     let mut client = TcpStream::connect(address)?;
@@ -203,7 +208,7 @@ fn a_dial_in_vain_is_counted_as_that() -> Outcome {
     until(&traffic, "the end", |now| (now.opened, now.closed, now.failed) == ([0, 1], [0, 1], 1)).map(drop)
 }
 
-fn others_are_not_counted() -> Outcome {
+fn sockets_without_mark_and_places_that_are_closed_are_not_counted() -> Outcome {
     let traffic = Traffic::load()?;
     let (marked, _) = listener(&traffic)?;
     let other = TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?;
@@ -223,7 +228,7 @@ fn others_are_not_counted() -> Outcome {
     Ok(())
 }
 
-fn a_successor_adopts() -> Outcome {
+fn a_successor_adopts_what_was_counted_and_what_stands() -> Outcome {
     let traffic = Traffic::load()?;
     let (listener, address) = listener(&traffic)?;
     exchange(TcpStream::connect(address)?, &listener, 10, 20, true)?;

@@ -25,6 +25,8 @@
 )]
 #![feature(core_intrinsics)]
 
+mod object;
+
 use core::{
     ffi::c_void,
     intrinsics::{AtomicOrdering::Relaxed, atomic_cxchg, atomic_xadd},
@@ -239,12 +241,3 @@ impl<T> Inherited<T> {
 
 // SAFETY: a description for the loader, never dereferenced.
 unsafe impl<T> Sync for Inherited<T> {}
-
-#[panic_handler]
-fn panic(_: &core::panic::PanicInfo<'_>) -> ! {
-    loop {}
-}
-
-#[unsafe(link_section = "license")]
-#[unsafe(no_mangle)]
-static LICENSE: [u8; 4] = *b"GPL\0";
