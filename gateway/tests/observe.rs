@@ -2,6 +2,8 @@
 #![expect(clippy::unwrap_used, reason = "a test ends where its surroundings fail")]
 
 mod harness;
+#[path = "../../lib/proxy/tests/observe/otlp.rs"]
+mod otlp;
 
 use std::{
     net::{SocketAddr, TcpListener},
@@ -17,68 +19,13 @@ use lifl_api::{
     pod::{Exporter, NodePod, PodPort, PodSettings, PodWord, Tracing},
 };
 use lifl_proxy::{Body, Handle, Limits, Peer, Server};
-use prost::Message;
+use otlp::{Exported, find, hex};
+use prost::Message as _;
 use serde_json::{Value, json};
 
 const PLACE: u64 = 78;
 const TRACE: &str = "0af7651916cd43dd8448eb211c80319c";
 const PARENT: &str = "b7ad6b7169203331";
-
-// --- the messages of OTLP, as far as they are looked at
-
-#[derive(Clone, PartialEq, Message)]
-struct Exported {
-    #[prost(message, repeated, tag = "1")]
-    resources: Vec<Resources>,
-}
-
-#[derive(Clone, PartialEq, Message)]
-struct Resources {
-    #[prost(message, optional, tag = "1")]
-    resource: Option<Resource>,
-    #[prost(message, repeated, tag = "2")]
-    scopes: Vec<Scopes>,
-}
-
-#[derive(Clone, PartialEq, Message)]
-struct Resource {
-    #[prost(message, repeated, tag = "1")]
-    attributes: Vec<KeyValue>,
-}
-
-#[derive(Clone, PartialEq, Message)]
-struct KeyValue {
-    #[prost(string, tag = "1")]
-    key: String,
-    #[prost(message, optional, tag = "2")]
-    value: Option<Text>,
-}
-
-#[derive(Clone, PartialEq, Message)]
-struct Text {
-    #[prost(string, tag = "1")]
-    text: String,
-}
-
-#[derive(Clone, PartialEq, Message)]
-struct Scopes {
-    #[prost(message, repeated, tag = "2")]
-    spans: Vec<OtlpSpan>,
-}
-
-#[derive(Clone, PartialEq, Message)]
-struct OtlpSpan {
-    #[prost(bytes = "vec", tag = "1")]
-    trace: Vec<u8>,
-    #[prost(bytes = "vec", tag = "2")]
-    id: Vec<u8>,
-    #[prost(bytes = "vec", tag = "4")]
-    parent: Vec<u8>,
-    #[prost(string, tag = "5")]
-    name: String,
-    #[prost(int32, tag = "6")]
-    kind: i32,
-}
 
 /// A span: service, name, kind; trace, parent and itself in hex.
 #[derive(Clone, Debug)]
@@ -98,24 +45,20 @@ struct Collector(Mutex<Vec<Seen>>);
 /// The user's container: tells its parent in the trace.
 struct App;
 
-fn hex(bytes: &[u8]) -> String {
-    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
-}
-
 impl Handle for Collector {
     async fn handle(&self, request: Request<Body>, _: &Peer) -> Response<Body> {
         assert_eq!(request.uri().path(), "/v1/traces");
         let body = request.into_body().collect().await.unwrap().to_bytes();
-        for of_one in Exported::decode(body).unwrap().resources {
-            let named = of_one.resource.unwrap().attributes.into_iter().find(|one| one.key == "service.name").unwrap();
-            let spans = of_one.scopes.into_iter().flat_map(|scope| scope.spans);
+        for of_one in Exported::decode(body).unwrap().resource_spans {
+            let service = find(&of_one.resource.unwrap().attributes, "service.name");
+            let spans = of_one.scope_spans.into_iter().flat_map(|scope| scope.spans);
             self.0.lock().unwrap().extend(spans.map(|span| Seen {
-                service: named.value.clone().unwrap().text,
+                service: service.clone(),
                 name: span.name,
                 kind: span.kind,
-                trace: hex(&span.trace),
-                parent: hex(&span.parent),
-                id: hex(&span.id),
+                trace: hex(&span.trace_id),
+                parent: hex(&span.parent_span_id),
+                id: hex(&span.span_id),
             }));
         }
         Response::new(Body::empty())

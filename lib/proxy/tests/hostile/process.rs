@@ -52,7 +52,9 @@ pub(crate) fn proxy(endpoint: &str, connections: &str, stall: &str) -> ExitCode 
         let connections = connections.parse().map_err(io::Error::other)?;
         let stall = Duration::from_secs(stall.parse().map_err(io::Error::other)?);
         let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
-        let limits = Limits { connections, head: HEAD, stall, ..Limits::default() };
+        // Whoever may stall for ever may do so in its head.
+        let head = if stall.as_secs() == FOR_EVER { stall } else { HEAD };
+        let limits = Limits { connections, head, stall, ..Limits::default() };
         let addr = runtime.block_on(async {
             let pool = Pool::new(Direct, PoolLimits::default());
             let settings = Settings {
@@ -144,6 +146,22 @@ impl Proxy {
     /// Memory that it has now, KiB.
     pub(crate) fn memory(&self) -> io::Result<u64> {
         self.status("VmRSS:")
+    }
+
+    /// Memory that it has with at least so many clients when it takes no more, KiB.
+    pub(crate) async fn settled(&self, clients: usize) -> Result<u64, Failed> {
+        /// What others' requests may make of it meanwhile.
+        const WAVERS: u64 = 256;
+        let mut before = self.memory()?;
+        for _ in 0..300 {
+            tokio::time::sleep(Duration::from_millis(100)).await;
+            let now = self.memory()?;
+            if self.clients()? >= clients && now.abs_diff(before) <= WAVERS {
+                return Ok(now);
+            }
+            before = now;
+        }
+        Err(format!("it does not settle: {} of {clients} clients, {before} KiB", self.clients()?).into())
     }
 
     /// Most that it has had since [`Proxy::forget_peak`], KiB.

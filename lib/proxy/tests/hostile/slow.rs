@@ -2,11 +2,7 @@
 
 use std::net::SocketAddr;
 
-use tokio::{
-    io::AsyncWriteExt as _,
-    net::TcpStream,
-    time::{Duration, sleep},
-};
+use tokio::{io::AsyncWriteExt as _, net::TcpStream};
 
 use crate::{
     Outcome, block_on,
@@ -47,8 +43,7 @@ pub(crate) fn run() -> Outcome {
                 clients.push(slow(proxy.addr, text).await?);
             }
             honest.answered(100).await?;
-            sleep(Duration::from_millis(500)).await;
-            let now = proxy.memory()?;
+            let now = proxy.settled(clients.len()).await?;
             let each = now.saturating_sub(at) / count as u64;
             costs.push((kind, each));
             at = now;

@@ -1,4 +1,4 @@
-//! A collector of traces: OTLP over HTTP and gRPC, decoded by messages of its own.
+//! A collector of traces: OTLP over HTTP and gRPC.
 
 use std::{
     net::SocketAddr,
@@ -12,79 +12,12 @@ use bytes::Buf as _;
 use http::{HeaderValue, Request, Response, StatusCode};
 use http_body_util::BodyExt as _;
 use lifl_proxy::{Body, Handle, Peer, reply};
-use prost::Message;
+use prost::Message as _;
 
-use crate::rig::{eventually, listen};
-
-#[derive(Clone, PartialEq, Message)]
-struct Exported {
-    #[prost(message, repeated, tag = "1")]
-    resource_spans: Vec<ResourceSpans>,
-}
-
-#[derive(Clone, PartialEq, Message)]
-struct ResourceSpans {
-    #[prost(message, optional, tag = "1")]
-    resource: Option<Resource>,
-    #[prost(message, repeated, tag = "2")]
-    scope_spans: Vec<ScopeSpans>,
-}
-
-#[derive(Clone, PartialEq, Message)]
-struct Resource {
-    #[prost(message, repeated, tag = "1")]
-    attributes: Vec<KeyValue>,
-}
-
-#[derive(Clone, PartialEq, Message)]
-struct ScopeSpans {
-    #[prost(message, repeated, tag = "2")]
-    spans: Vec<OtlpSpan>,
-}
-
-#[derive(Clone, PartialEq, Message)]
-struct OtlpSpan {
-    #[prost(bytes = "vec", tag = "1")]
-    trace_id: Vec<u8>,
-    #[prost(bytes = "vec", tag = "2")]
-    span_id: Vec<u8>,
-    #[prost(bytes = "vec", tag = "4")]
-    parent_span_id: Vec<u8>,
-    #[prost(string, tag = "5")]
-    name: String,
-    #[prost(int32, tag = "6")]
-    kind: i32,
-    #[prost(fixed64, tag = "7")]
-    start: u64,
-    #[prost(fixed64, tag = "8")]
-    end: u64,
-    #[prost(message, repeated, tag = "9")]
-    attributes: Vec<KeyValue>,
-    #[prost(message, optional, tag = "15")]
-    status: Option<Status>,
-}
-
-#[derive(Clone, PartialEq, Message)]
-struct Status {
-    #[prost(int32, tag = "3")]
-    code: i32,
-}
-
-#[derive(Clone, PartialEq, Message)]
-struct KeyValue {
-    #[prost(string, tag = "1")]
-    key: String,
-    #[prost(message, optional, tag = "2")]
-    value: Option<AnyValue>,
-}
-
-#[derive(Clone, PartialEq, Message)]
-struct AnyValue {
-    #[prost(string, optional, tag = "1")]
-    text: Option<String>,
-    #[prost(int64, optional, tag = "3")]
-    number: Option<i64>,
-}
+use crate::{
+    otlp::{Exported, KeyValue, find, hex},
+    rig::{eventually, listen},
+};
 
 /// A span as it came, with ids in hex.
 #[derive(Clone, Debug)]
@@ -106,15 +39,6 @@ pub(crate) struct Collector {
     spans: Mutex<Vec<Seen>>,
     pub(crate) refuses: AtomicUsize,
     pub(crate) posts: AtomicUsize,
-}
-
-fn hex(bytes: &[u8]) -> String {
-    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
-}
-
-fn find(all: &[KeyValue], key: &str) -> String {
-    let value = all.iter().find(|one| one.key == key).and_then(|one| one.value.clone());
-    value.map_or_else(String::new, |v| v.text.or_else(|| v.number.map(|n| n.to_string())).unwrap_or_default())
 }
 
 // === impl Seen ===

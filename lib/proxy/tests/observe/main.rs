@@ -4,5 +4,6 @@
 mod collector;
 mod lines;
 mod metrics;
+mod otlp;
 mod rig;
 mod traces;

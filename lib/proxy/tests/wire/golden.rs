@@ -1,6 +1,6 @@
 //! What a stock queue-proxy answered (`queue-answers.txt`, recorded with curl), byte for byte but for the time.
 
-use std::collections::BTreeMap;
+use std::{collections::BTreeMap, time::Duration};
 
 use lifl_proxy::{
     Handle, Limits, Server,
@@ -9,7 +9,10 @@ use lifl_proxy::{
 use prost::Message as _;
 use tokio::net::TcpListener;
 
-use crate::rig::{Aborts, Served, Wire, answers, settings};
+use crate::{
+    knative::stat,
+    rig::{Aborts, Served, Wire, answers, settings},
+};
 
 const RECORDED: &[u8] = include_bytes!("queue-answers.txt");
 /// Whom it was recorded from.
@@ -74,7 +77,12 @@ async fn knative_queue_answers_as_recorded() {
     let (figures, _figures) = port(Figures(std::sync::Arc::clone(&served.queue))).await;
     let (admin, _admin) = port(Admin(std::sync::Arc::clone(&served.queue))).await;
     // So that the last second's figures are there.
-    tokio::time::sleep(std::time::Duration::from_millis(1100)).await;
+    let there = async {
+        while stat(figures).await.process_uptime <= 1.0 {
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+    };
+    tokio::time::timeout(Duration::from_secs(30), there).await.expect("a second's figures");
     let rows = recorded();
     assert_eq!(rows.len(), 7, "all but port 9091, which refused: nobody had asked for metrics of requests");
     for row in rows {
@@ -98,9 +106,9 @@ async fn knative_queue_answers_as_recorded() {
         assert!(fields["date"].ends_with(" GMT"), "{}", fields["date"]);
         let body = client.bytes(row.body.chars().count()).await;
         if row.port == 9090 {
-            let stat = |bytes: &[u8]| lifl_proxy::stats::Stat::decode(bytes).expect("a stat");
+            let decoded = |bytes: &[u8]| lifl_proxy::stats::Stat::decode(bytes).expect("a stat");
             let theirs: Vec<u8> = row.body.chars().map(|c| u8::try_from(c).expect("a byte")).collect();
-            let (mut theirs, ours) = (stat(&theirs), stat(&body));
+            let (mut theirs, ours) = (decoded(&theirs), decoded(&body));
             assert!(ours.process_uptime > 1.0);
             theirs.process_uptime = ours.process_uptime;
             assert_eq!(ours, theirs, "an idle pod's name and how long it has been there");

@@ -224,7 +224,7 @@ async fn get(addr: std::net::SocketAddr, path: &str) -> Message {
     client.message().await
 }
 
-async fn stat(figures: std::net::SocketAddr) -> lifl_proxy::stats::Stat {
+pub(crate) async fn stat(figures: std::net::SocketAddr) -> lifl_proxy::stats::Stat {
     let mut client = Wire::to(figures).await;
     client.write("GET /metrics HTTP/1.1\r\nHost: h\r\n\r\n").await;
     let head = client.head().await;
@@ -251,15 +251,18 @@ async fn knative_port_9090_has_the_stat() {
         clients.push(client);
     }
     let mut came = 0.0;
-    let whole = loop {
-        let stat = stat(figures).await;
-        assert_eq!(stat.pod_name, "pod");
-        if stat.process_uptime > 0.0 && stat.request_count < 0.5 {
-            break stat;
+    let quiet = async {
+        loop {
+            let stat = stat(figures).await;
+            assert_eq!(stat.pod_name, "pod");
+            if stat.process_uptime > 0.0 && stat.request_count < 0.5 {
+                return stat;
+            }
+            came = stat.request_count.max(came);
+            tokio::time::sleep(Duration::from_millis(100)).await;
         }
-        came = stat.request_count.max(came);
-        tokio::time::sleep(Duration::from_millis(100)).await;
     };
+    let whole = tokio::time::timeout(Duration::from_secs(30), quiet).await.expect("a quiet second");
     // A whole second in which nobody came or went.
     let expected = (3.0, 2.0, 0.0, 0.0, 0);
     let found = (

@@ -9,7 +9,7 @@ use tokio::{
     time::{Instant, sleep},
 };
 
-use crate::rig::{Aborts, Served, Wire, answers, endpoint, eventually, settings};
+use crate::rig::{Served, Wire, answers, endpoint, eventually, fine, settings};
 
 const OK: &str = "HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok";
 const GET: &str = "GET / HTTP/1.1\r\nHost: h\r\n\r\n";
@@ -59,11 +59,7 @@ async fn slow_heads_are_cut_off() {
 
 #[tokio::test(start_paused = true)]
 async fn a_slow_answer_is_not_a_slow_head() {
-    let _fine = Aborts::new(async {
-        loop {
-            sleep(Duration::from_millis(20)).await;
-        }
-    });
+    let _fine = fine();
     let (addr, _task) = endpoint(|_, mut wire| async move {
         wire.head().await;
         sleep(Duration::from_secs(200)).await;

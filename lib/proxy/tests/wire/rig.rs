@@ -298,3 +298,12 @@ pub(crate) async fn eventually(what: &str, condition: impl Fn() -> bool) {
     }
     panic!("never: {what}");
 }
+
+/// Keeps a paused clock's jumps small.
+pub(crate) fn fine() -> Aborts {
+    Aborts::new(async {
+        loop {
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    })
+}

@@ -13,16 +13,7 @@ use tokio::{
     time::{Duration, Instant, sleep},
 };
 
-use crate::rig::{Aborts, Served, Wire, endpoint, eventually, settings};
-
-/// Keeps a paused clock's jumps small.
-fn fine() -> Aborts {
-    Aborts::new(async {
-        loop {
-            sleep(Duration::from_millis(20)).await;
-        }
-    })
-}
+use crate::rig::{Aborts, Served, Wire, endpoint, eventually, fine, settings};
 
 fn limits() -> Limits {
     Limits { head: Duration::from_secs(20), stall: Duration::from_secs(100), ..Limits::default() }

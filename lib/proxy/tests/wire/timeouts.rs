@@ -8,18 +8,10 @@ use std::time::Duration;
 use lifl_proxy::{Timeouts, queue::Settings};
 use tokio::time::{Instant, sleep};
 
-use crate::rig::{Aborts, Served, Wire, endpoint, eventually, settings};
+use crate::rig::{Aborts, Served, Wire, endpoint, eventually, fine, settings};
 
 const GET: &str = "GET / HTTP/1.1\r\nHost: h\r\n\r\n";
 const UPGRADE: &str = "GET / HTTP/1.1\r\nHost: h\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\r\n";
-
-fn fine() -> Aborts {
-    Aborts::new(async {
-        loop {
-            sleep(Duration::from_millis(20)).await;
-        }
-    })
-}
 
 fn limits(start: u64, idle: u64, total: u64) -> Settings {
     let [start, idle, total] = [start, idle, total].map(Duration::from_secs);

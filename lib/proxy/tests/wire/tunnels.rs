@@ -12,7 +12,7 @@ use tokio::{
     time::{Instant, sleep},
 };
 
-use crate::rig::{Aborts, Counted, Served, Wire, endpoint, eventually, settings};
+use crate::rig::{Aborts, Counted, Served, Wire, endpoint, eventually, fine, settings};
 
 const GET: &str = "GET / HTTP/1.1\r\nHost: h\r\n\r\n";
 const UPGRADE: &str = "GET / HTTP/1.1\r\nHost: h\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\r\n";
@@ -56,11 +56,7 @@ async fn a_tunnel_is_still_one_of_the_connections() {
 
 #[tokio::test(start_paused = true)]
 async fn a_side_that_says_nothing_after_the_other_has_ended_is_not_waited_for() {
-    let _fine = Aborts::new(async {
-        loop {
-            sleep(Duration::from_millis(20)).await;
-        }
-    });
+    let _fine = fine();
     let (addr, _task) = silent().await;
     let served = Served::new(addr, Settings { concurrency: 1, ..settings() }).await;
     let mut client = served.client().await;
