@@ -10,29 +10,29 @@
 //!
 //! | module | what it holds |
 //! |---|---|
-//! | [`client`] | a client from a kubeconfig or from within a pod |
-//! | [`discovery`] | which kinds the API server knows |
-//! | [`notice`] | [`Notices`]: Events, each said once |
-//! | [`objects`] | a snapshot: objects by key, and what differs between two of them |
-//! | [`mod@read`] | [`get`]: single objects of kinds that are not to be listed |
+//! | `client` | a client from a kubeconfig or from within a pod |
+//! | `discovery` | which kinds the API server knows |
+//! | `notice` | [`Notices`]: Events, each said once |
+//! | `objects` | a snapshot: objects by key, and what differs between two of them |
+//! | `read` | [`get`]: single objects of kinds that are not to be listed |
 //! | `watch` | the watch: what a failure means, how long to wait |
-//! | [`store`] | [`Store`] and its [`Keeper`] |
+//! | `store` | [`Store`] and its [`Keeper`] |
 //! | [`registration`] | the root of a webhook's certificate, in its own registration |
-//! | [`mod@write`] | [`Writer`]: apply, and status writes that happen only when there is something to write |
+//! | `write` | [`Writer`]: apply, and status writes that happen only when there is something to write |
 //!
 //! Nothing limits the rate of requests: a request goes out when it is made. What is bounded is their cause: there is one watch
 //! per store, and a write only for a difference.
 #![forbid(unsafe_code)]
 
-pub mod client;
-pub mod discovery;
-pub mod notice;
-pub mod objects;
-pub mod read;
+mod client;
+mod discovery;
+mod notice;
+mod objects;
+mod read;
 pub mod registration;
-pub mod store;
+mod store;
 mod watch;
-pub mod write;
+mod write;
 
 pub use client::{ConnectError, connect};
 pub use discovery::{DiscoveryError, knows};

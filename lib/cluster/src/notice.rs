@@ -19,7 +19,7 @@ use kube::{Client, api::PostParams};
 use tokio::{sync::mpsc, time::Instant};
 use tracing::{debug, warn};
 
-use crate::read::is_refusal;
+use crate::{read::is_refusal, watch::pause};
 
 /// What waits while the API server is away; more is not said.
 const WAITING: usize = 1024;
@@ -29,8 +29,6 @@ const LONGEST: usize = 1024;
 const NAME: usize = 253;
 /// What was refused may be said again after this: a permission may come, and whoever finds it missing is not to ask all the time.
 const REFUSED: Duration = Duration::from_secs(600);
-/// The first pause after a failure, and the longest.
-const PAUSES: (Duration, Duration) = (Duration::from_millis(200), Duration::from_secs(30));
 
 /// By uid: digests of what was said, and until when that holds if it was refused.
 type Said = HashMap<String, HashMap<u64, Option<Instant>>>;
@@ -154,8 +152,7 @@ impl Crier {
             let namespace = notice.about.namespace.as_deref().unwrap_or_default();
             let api = kube::Api::<Event>::namespaced(client.clone(), namespace);
             let params = PostParams { field_manager: Some(self.component.to_owned()), ..PostParams::default() };
-            let mut pause = PAUSES.0;
-            loop {
+            for failures in 1.. {
                 match api.create(&params, &event).await {
                     Ok(_) => break,
                     Err(kube::Error::Api(status)) if status.code == 409 => break,
@@ -170,8 +167,7 @@ impl Crier {
                     }
                     Err(error) => debug!(%error, "Event not sent"),
                 }
-                tokio::time::sleep(pause).await;
-                pause = (pause * 2).min(PAUSES.1);
+                tokio::time::sleep(pause(failures)).await;
             }
         }
     }

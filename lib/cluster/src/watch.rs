@@ -249,7 +249,7 @@ fn version_of<K: Resource>(object: &K) -> String {
 }
 
 /// The pause after this many failures in a row.
-fn pause(failures: u32) -> Duration {
+pub(crate) fn pause(failures: u32) -> Duration {
     let doubled = 2_u32.saturating_pow(failures.saturating_sub(1).min(16));
     PAUSES.0.saturating_mul(doubled).min(PAUSES.1)
 }
