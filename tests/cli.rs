@@ -3,7 +3,13 @@
 #[expect(dead_code, reason = "of the harness only a part is needed here")]
 mod harness;
 
-use std::{fs, net::TcpListener, path::Path, process::Stdio};
+use std::{
+    fs,
+    io::{BufRead as _, BufReader},
+    net::TcpListener,
+    path::Path,
+    process::Stdio,
+};
 
 use harness::{
     Outcome, ensure,
@@ -135,4 +141,27 @@ fn status_is_for_people_and_for_programs() -> Outcome {
     ensure(code == 0 && status["schema"] == "lifl.dev/status/v1" && status["ready"] == true, || json)?;
     says(&["status", "--admin", &up.gateway.to_string()], 1, &["is not the admin port"])?;
     up.end()
+}
+
+#[test]
+fn components_log_as_they_are_told() -> Outcome {
+    let dir = tempfile::tempdir()?;
+    let path = folder(&Job::new(dir.path(), "logged", 3, 2), dir.path())?;
+    let state = dir.path().join("state").to_string_lossy().into_owned();
+    let free = "127.0.0.1:0";
+    let args = ["--log=json", "up", &path, "--userspace", "--listen", free, "--admin", free, "--state-dir", &state];
+    let mut child = lifl(&args).stdout(Stdio::null()).stderr(Stdio::piped()).spawn()?;
+    let pid = rustix::process::Pid::from_child(&child);
+    let mut said = Vec::new();
+    for line in BufReader::new(child.stderr.take().ok_or("standard error")?).lines() {
+        let line: serde_json::Value = line.map(|line| serde_json::from_str(&line).map_err(|_text| line))??;
+        if line["message"] == "ready" {
+            rustix::process::kill_process(pid, rustix::process::Signal::TERM)?;
+        }
+        said.push(line);
+    }
+    let ended = child.wait()?;
+    let by = |target: &str| said.iter().any(|line| line["target"].as_str().is_some_and(|of| of.starts_with(target)));
+    let all = ["lifl::", "lifl_agent", "lifl_gateway", "lifl_coordinator"].into_iter().all(by);
+    ensure(ended.success() && all, || format!("{ended}: {said:#?}"))
 }

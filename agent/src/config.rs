@@ -2,6 +2,7 @@
 
 use std::path::PathBuf;
 
+use lifl_daemon::logs::Format;
 use serde::{Deserialize, Serialize};
 
 /// Configuration of an agent.
@@ -22,6 +23,9 @@ pub struct Config {
     /// What functions log.
     #[serde(default = "default_log_level")]
     pub log_level: String,
+    /// How that looks.
+    #[serde(default)]
+    pub log: Format,
     /// Where the network namespaces of pods are mounted.
     #[serde(default = "default_netns")]
     pub netns: PathBuf,

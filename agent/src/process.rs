@@ -9,7 +9,7 @@ use std::{
     process::{Command, Stdio},
 };
 
-use lifl_daemon::Channel;
+use lifl_daemon::{Channel, logs::Format};
 use rustix::{
     event::{PollFd, PollFlags, poll},
     process::{Pid, PidfdFlags, Signal, WaitId, WaitIdOptions, pidfd_open, pidfd_send_signal, waitid},
@@ -24,11 +24,11 @@ pub(crate) struct Spawned {
 }
 
 /// Starts an aggregator. It has no environment, no standard output, and sits in a process group of its own.
-pub(crate) fn spawn(uid: Option<u32>, log_level: &str) -> io::Result<Spawned> {
+pub(crate) fn spawn(uid: Option<u32>, log: Format, log_level: &str) -> io::Result<Spawned> {
     let (control, theirs) = Channel::pair()?;
     let mut command = Command::new("/proc/self/exe");
     command
-        .args(["aggregator", "--log-level", log_level])
+        .args(["aggregator", &format!("--log-level={log_level}"), &format!("--log={log}")])
         .stdin(Stdio::from(theirs))
         .stdout(Stdio::null())
         .env_clear()

@@ -213,6 +213,9 @@ pub struct UpArgs {
     /// followed.
     #[arg(long, value_name = "ADDR")]
     pub ingress: Option<SocketAddr>,
+    /// Where /metrics, /healthz, /readyz and /status are served.
+    #[arg(long, default_value = "127.0.0.1:9090")]
+    pub admin: SocketAddr,
     /// What the platform itself is made of and may use.
     #[command(flatten)]
     pub platform: PlatformArgs,
@@ -230,9 +233,6 @@ pub struct UpArgs {
 /// Arguments that `lifl up` and `lifl demo` share.
 #[derive(Clone, Debug, Args)]
 pub struct PlatformArgs {
-    /// Where /metrics, /healthz, /readyz and /status are served.
-    #[arg(long, default_value = "127.0.0.1:9090")]
-    pub admin: SocketAddr,
     /// Shared memory that all jobs together may use; default: half of this machine's (or container's) memory.
     #[arg(long, value_name = "SIZE")]
     pub shm_limit: Option<Bytes>,
@@ -253,12 +253,9 @@ pub struct DemoArgs {
     /// Where /metrics, /healthz, /readyz and /status are served; by default a free port.
     #[arg(long, default_value = "127.0.0.1:0")]
     pub admin: SocketAddr,
-    /// Shared memory that the demo may use.
-    #[arg(long, value_name = "SIZE")]
-    pub shm_limit: Option<Bytes>,
-    /// Route descriptors in user space even where eBPF could be loaded.
-    #[arg(long)]
-    pub userspace: bool,
+    /// What the platform itself is made of and may use.
+    #[command(flatten)]
+    pub platform: PlatformArgs,
     /// Seed of data split, selection and training.
     #[arg(long, default_value_t = 2)]
     pub seed: u64,
@@ -271,9 +268,6 @@ pub struct DemoArgs {
     /// Write the run's figures as JSON.
     #[arg(long, value_name = "FILE")]
     pub json: Option<PathBuf>,
-    /// `component:name:n`: where a component's first life ends (for tests of failures).
-    #[arg(long, hide = true)]
-    pub failpoint: Vec<String>,
 }
 
 /// Arguments of `lifl status`.

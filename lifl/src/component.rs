@@ -49,7 +49,8 @@ pub fn main_as(component: Component, log: LogFormat, log_level: &str) -> Result<
     }
 }
 
-fn single<T>(task: impl Future<Output = Result<T>>) -> Result<T> {
+/// Runs it on a runtime of one thread.
+pub(crate) fn single<T>(task: impl Future<Output = Result<T>>) -> Result<T> {
     tokio::runtime::Builder::new_current_thread().enable_all().build()?.block_on(task.boxed_local())
 }
 

@@ -8,17 +8,14 @@ use std::{net::SocketAddr, path::PathBuf, time::Duration};
 use anyhow::Result;
 use futures_util::FutureExt as _;
 use lifl_api::quantity::Bytes;
-use lifl_daemon::{ChildSpec, Deposit, NodeSocket, Supervisor, logs};
-use rustix::{
-    process::{Resource, Rlimit, getrlimit, setrlimit},
-    rand::{GetRandomFlags, getrandom},
-};
+use lifl_daemon::{ChildSpec, Deposit, GATEWAY_UID, NodeSocket, Supervisor, logs, raise_limit};
+use rustix::rand::{GetRandomFlags, getrandom};
 use serde_json::{Value, json};
-use tokio::signal::unix::{SignalKind, signal};
 
 use crate::{
     cli::{LogFormat, NodeAgentArgs, NodeArgs, NodeCommand, NodeCoordinatorArgs, NodeGatewayArgs},
-    platform::{self, DRAIN, GATEWAY_UID},
+    component::single,
+    platform::{self, DRAIN},
     up,
 };
 
@@ -41,28 +38,20 @@ pub fn run(command: &NodeCommand, log: LogFormat, log_level: &str) -> Result<()>
     logs::start(log.into(), log_level);
     raise_limit();
     let (args, part) = match command {
-        NodeCommand::Agent(args) => (&args.node, agent(args, log_level)),
+        NodeCommand::Agent(args) => (&args.node, agent(args, log.into(), log_level)),
         NodeCommand::Gateway(args) => (&args.node, gateway(args)?),
         NodeCommand::Coordinator(args) => (&args.node, coordinator(args)?),
     };
-    let format = if log == LogFormat::Json { "json" } else { "text" };
-    let arguments = [format!("--log-level={log_level}"), format!("--log={format}")];
+    let arguments = platform::log_arguments(log.into(), log_level);
     let spec = ChildSpec { args: part.spec.args.into_iter().chain(arguments).collect(), ..part.spec };
     let part = Part { spec, ..part };
-    tokio::runtime::Builder::new_current_thread().enable_all().build()?.block_on(serve(args, part).boxed_local())
+    single(serve(args, part))
 }
 
 async fn serve(args: &NodeArgs, part: Part) -> Result<()> {
-    let (mut term, mut interrupt) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
-    let stop = async {
-        tokio::select! {
-            _ = term.recv() => {}
-            _ = interrupt.recv() => {}
-        }
-        tracing::info!("draining");
-    };
+    let stop = platform::stop_signal()?.inspect(|()| tracing::info!("draining"));
     tokio::pin!(stop);
-    let (admin, listener) = platform::bind(args.admin, "admin")?;
+    let (admin, listener) = platform::bind(args.admin, "--admin")?;
     let name = part.spec.name;
     let hub = match name {
         "agent" => tokio::select! {
@@ -94,11 +83,12 @@ fn part(name: &'static str, peers: &[&'static str], config: Value) -> Part {
     Part { spec: ChildSpec { environment: ENVIRONMENT.to_vec(), ..spec }, drain: DRAIN }
 }
 
-fn agent(args: &NodeAgentArgs, log_level: &str) -> Part {
+fn agent(args: &NodeAgentArgs, log: logs::Format, log_level: &str) -> Part {
     let config = json!({
         "shm_limit": bytes(args.shm_limit.as_ref()).unwrap_or_else(|| platform::memory_limit() / 2),
         "userspace": args.userspace,
         "log_level": log_level,
+        "log": log,
         "netns": args.netns,
         "node": {"name": args.node_name, "kubeconfig": args.node.kubeconfig},
     });
@@ -169,14 +159,6 @@ fn join_secret(args: &NodeGatewayArgs) -> Result<Option<String>> {
 fn journal_dir(args: &NodeGatewayArgs) -> Result<Option<PathBuf>> {
     let root = rustix::process::geteuid().is_root();
     Ok(args.state_dir.as_deref().map(|state_dir| platform::journal_dir(state_dir, root)).transpose()?)
-}
-
-/// Connections are descriptors: as many as this process may have at all.
-fn raise_limit() {
-    let limit = getrlimit(Resource::Nofile);
-    if let Err(error) = setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, maximum: limit.maximum }) {
-        tracing::warn!(%error, limit = limit.current, "limit of open files stays");
-    }
 }
 
 fn bytes(size: Option<&Bytes>) -> Option<u64> {

@@ -11,14 +11,14 @@ use std::{
 
 use futures_util::FutureExt as _;
 use lifl_api::job::AckLevel;
-use lifl_daemon::{ChildSpec, Deposit, Supervisor, SupervisorError, admin};
+use lifl_daemon::{ChildSpec, Deposit, GATEWAY_UID, Supervisor, SupervisorError, admin, logs::Format};
 use serde_json::{Value, json};
-use tokio::sync::{oneshot, watch};
+use tokio::{
+    signal::unix::{SignalKind, signal},
+    sync::{oneshot, watch},
+};
 
 use crate::folder::JobFile;
-
-/// User of the gateway where the supervisor is root: parses strangers' bytes, owns nothing.
-pub(crate) const GATEWAY_UID: u32 = 65_532;
 
 /// A port in use is tried so many times more, so far apart, before it counts as another's.
 const BIND_TRIES: u32 = 5;
@@ -49,6 +49,8 @@ pub struct PlatformConfig {
     pub state_dir: PathBuf,
     /// What components log: `error`, `warn`, `info`, `debug`.
     pub log_level: String,
+    /// How it looks.
+    pub log: Format,
 }
 
 /// The platform at work. Its components die with this process, whatever ends it.
@@ -74,7 +76,7 @@ pub enum PlatformError {
     Bind {
         /// The address.
         address: SocketAddr,
-        /// Clients, or admin.
+        /// What for, and how another is chosen.
         purpose: &'static str,
         /// Why.
         source: io::Error,
@@ -89,7 +91,7 @@ pub enum PlatformError {
 
 fn hint(error: &io::Error) -> &'static str {
     match error.kind() {
-        io::ErrorKind::AddrInUse => " (is another lifl running? choose another port with --listen or --admin)",
+        io::ErrorKind::AddrInUse => " (is another lifl running? choose another port)",
         io::ErrorKind::PermissionDenied => " (ports below 1024 need root)",
         _ => "",
     }
@@ -103,9 +105,10 @@ impl Platform {
     /// # Errors
     /// [`PlatformError`].
     pub fn start(config: PlatformConfig) -> Result<Self, PlatformError> {
-        let (gateway, listener) = bind(config.listen, "clients")?;
-        let (admin_address, admin_listener) = bind(config.admin, "admin")?;
-        let bound = config.ingress.as_ref().map(|(address, _)| bind(*address, "the ingress")).transpose()?;
+        let (gateway, listener) = bind(config.listen, "clients (--listen)")?;
+        let (admin_address, admin_listener) = bind(config.admin, "admin (--admin)")?;
+        let bound =
+            config.ingress.as_ref().map(|(address, _)| bind(*address, "the ingress (--ingress)")).transpose()?;
         let (ingress, entrance) = bound.unzip();
         let specs = specs(&config, listener.into(), entrance.map(OwnedFd::from))?;
         let (stop, stopped) = oneshot::channel();
@@ -242,6 +245,22 @@ pub(crate) fn component(
     }
 }
 
+/// What has a component log as this process does.
+pub(crate) fn log_arguments(log: Format, log_level: &str) -> [String; 2] {
+    [format!("--log-level={log_level}"), format!("--log={log}")]
+}
+
+/// Resolves with SIGTERM or Ctrl-C; both are caught from this call on.
+pub(crate) fn stop_signal() -> io::Result<impl Future<Output = ()>> {
+    let (mut term, mut interrupt) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
+    Ok(async move {
+        tokio::select! {
+            _ = term.recv() => {}
+            _ = interrupt.recv() => {}
+        }
+    })
+}
+
 fn specs(config: &PlatformConfig, listener: OwnedFd, ingress: Option<OwnedFd>) -> io::Result<Vec<ChildSpec>> {
     let shm_limit = config.shm_limit.unwrap_or_else(|| memory_limit() / 2);
     let root = rustix::process::geteuid().is_root();
@@ -262,10 +281,16 @@ fn specs(config: &PlatformConfig, listener: OwnedFd, ingress: Option<OwnedFd>) -
         Value::Object(all)
     };
     let spec = |name, peers: &[&'static str], settings, uid| {
-        let arguments = [format!("--log-level={}", config.log_level)];
+        let arguments = log_arguments(config.log, &config.log_level);
         ChildSpec { uid, failpoint: failpoint(name), ..component(name, peers, settings, arguments) }
     };
-    let agent = json!({"shm_limit": shm_limit, "userspace": config.userspace, "function_failpoint": function_failpoint, "log_level": config.log_level});
+    let agent = json!({
+        "shm_limit": shm_limit,
+        "userspace": config.userspace,
+        "function_failpoint": function_failpoint,
+        "log_level": config.log_level,
+        "log": config.log,
+    });
     let agent = spec("agent", &["gateway", "coordinator"], with("agent", agent), None);
     let mut settings = json!({});
     if config.jobs.iter().any(|file| file.job.spec.ack_level == AckLevel::Disk) {

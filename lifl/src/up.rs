@@ -3,17 +3,16 @@
 use std::{fs, io::Write as _, path::Path};
 
 use anyhow::{Context as _, Result, anyhow, bail};
-use futures_util::FutureExt as _;
 use kube::CustomResourceExt as _;
 use lifl_api::job::FederatedJob;
 use lifl_daemon::logs;
 use lifl_gateway::ingress;
-use tokio::signal::unix::{SignalKind, signal};
 
 use crate::{
     cli::{LogFormat, UpArgs},
+    component::single,
     folder,
-    platform::{Platform, PlatformConfig},
+    platform::{self, Platform, PlatformConfig},
 };
 
 /// Serves the folder until SIGTERM or Ctrl-C.
@@ -47,7 +46,7 @@ pub fn run(args: &UpArgs, log: LogFormat, log_level: &str) -> Result<()> {
     let platform = Platform::start(PlatformConfig {
         listen: args.listen,
         ingress: args.ingress.map(|address| (address, args.dir.clone())),
-        admin: args.platform.admin,
+        admin: args.admin,
         jobs,
         shm_limit: args.platform.shm_limit.map(|size| size.0),
         userspace: args.platform.userspace,
@@ -55,10 +54,9 @@ pub fn run(args: &UpArgs, log: LogFormat, log_level: &str) -> Result<()> {
         settings: serde_json::Value::Null,
         state_dir: args.state_dir.clone(),
         log_level: log_level.to_owned(),
+        log: log.into(),
     })?;
-    let failed =
-        tokio::runtime::Builder::new_current_thread().enable_all().build()?.block_on(serve(&platform).boxed_local())?;
-    if let Some(why) = failed {
+    if let Some(why) = single(serve(&platform))? {
         bail!("{why}");
     }
     tracing::info!("draining");
@@ -75,7 +73,7 @@ pub(crate) fn read_secret(path: &Path) -> Result<String> {
 }
 
 async fn serve(platform: &Platform) -> Result<Option<String>> {
-    let (mut term, mut interrupt) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
+    let stop = platform::stop_signal()?;
     let announce = async {
         platform.ready().await;
         let ingress = platform.ingress.map(tracing::field::display);
@@ -85,8 +83,7 @@ async fn serve(platform: &Platform) -> Result<Option<String>> {
     tokio::select! {
         () = announce => Ok(None),
         why = platform.ended() => Ok(why),
-        _ = term.recv() => Ok(None),
-        _ = interrupt.recv() => Ok(None),
+        () = stop => Ok(None),
     }
 }
 

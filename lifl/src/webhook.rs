@@ -7,10 +7,10 @@ use futures_util::FutureExt as _;
 use lifl_cluster::{Client, connect, registration};
 use lifl_daemon::{Supervisor, admin, logs};
 use lifl_webhook::{CertificateSource, Config};
-use tokio::signal::unix::{SignalKind, signal};
 
 use crate::{
     cli::{LogFormat, WebhookArgs},
+    component::single,
     platform,
 };
 
@@ -32,12 +32,12 @@ pub fn run(args: &WebhookArgs, log: LogFormat, log_level: &str) -> Result<()> {
         _ => CertificateSource::SelfMade { names: vec![args.name.clone()] },
     };
     let config = Config { listen: args.listen, ..Config::new(source) };
-    tokio::runtime::Builder::new_current_thread().enable_all().build()?.block_on(serve(args, config).boxed_local())
+    single(serve(args, config))
 }
 
 async fn serve(args: &WebhookArgs, config: Config) -> Result<()> {
-    let (mut term, mut interrupt) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
-    let (admin, listener) = platform::bind(args.admin, "admin")?;
+    let stop = platform::stop_signal()?.inspect(|()| tracing::info!("draining"));
+    let (admin, listener) = platform::bind(args.admin, "--admin")?;
     let webhook = lifl_webhook::build(config).await?;
     let root = webhook.certificates.root();
     // A certificate of files has its issuer, who is known to whoever registered it.
@@ -54,13 +54,6 @@ async fn serve(args: &WebhookArgs, config: Config) -> Result<()> {
     // A supervisor of nobody: its admin page says that this process lives.
     let (supervisor, run) = Supervisor::start(Vec::new())?;
     tokio::spawn(admin::serve(tokio::net::TcpListener::from_std(listener)?, supervisor).boxed());
-    let stop = async {
-        tokio::select! {
-            _ = term.recv() => {}
-            _ = interrupt.recv() => {}
-        }
-        tracing::info!("draining");
-    };
     tracing::info!(listen = %webhook.address, %admin, "webhook serves");
     tokio::select! {
         () = webhook.run(stop) => Ok(()),

@@ -18,7 +18,6 @@ use lifl::{
     component::main_as,
     platform::{Platform, PlatformConfig},
 };
-use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
@@ -76,15 +75,9 @@ pub(crate) fn component() -> Option<ExitCode> {
     })
 }
 
-/// Descriptors as many as may be: each pod has some in each process.
-pub(crate) fn all_descriptors() -> Result<()> {
-    let limit = getrlimit(Resource::Nofile);
-    Ok(setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, maximum: limit.maximum })?)
-}
-
 fn platform(settings: &Path) -> Result<()> {
     lifl_daemon::logs::start(lifl_daemon::logs::Format::Text, "warn");
-    all_descriptors()?;
+    lifl_daemon::raise_limit();
     let free = SocketAddr::from(([127, 0, 0, 1], 0));
     let platform = Platform::start(PlatformConfig {
         listen: free,
@@ -97,6 +90,7 @@ fn platform(settings: &Path) -> Result<()> {
         settings: serde_json::from_str(&fs::read_to_string(settings)?)?,
         state_dir: settings.with_file_name("state"),
         log_level: "warn".into(),
+        log: lifl_daemon::logs::Format::Text,
     })?;
     tokio::runtime::Builder::new_current_thread().enable_all().build()?.block_on(platform.ready());
     writeln!(std::io::stdout(), "{}", platform.admin)?;
@@ -109,7 +103,7 @@ fn platform(settings: &Path) -> Result<()> {
 impl World {
     /// A node of `count` functions, each served.
     pub(crate) fn start(count: usize) -> Result<Self> {
-        all_descriptors()?;
+        lifl_daemon::raise_limit();
         let (folder, namespaces) = (tempfile::tempdir()?, Namespaces::new(count)?);
         let pods = (0..count).map(|number| cluster::pod(number, &address(number).to_string(), USER_PORT));
         let server = cluster::serve(pods.collect::<Result<_, _>>()?)?;
@@ -153,10 +147,7 @@ impl World {
     }
 
     fn status(&self) -> Option<Value> {
-        let mut stream = std::net::TcpStream::connect(self.admin).ok()?;
-        stream.write_all(b"GET /status HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n").ok()?;
-        let answer = std::io::read_to_string(stream).ok()?;
-        serde_json::from_str(answer.split_once("\r\n\r\n")?.1).ok()
+        lifl::status::fetch(self.admin).ok()
     }
 }
 

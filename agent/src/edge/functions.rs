@@ -49,7 +49,7 @@ impl Agent {
             return Ok(());
         };
         let uid = rustix::process::geteuid().is_root().then_some(self.config.uid_base + seat);
-        let spawned = process::spawn(uid, &self.config.log_level)?;
+        let spawned = process::spawn(uid, self.config.log, &self.config.log_level)?;
         let group = format!("{chain}-{role}-{seat}");
         let sums = config.model_bytes.max(config.elements * if config.fixed_scale.is_some() { 8 } else { 4 });
         if let Err(error) = self.cgroups.apply(&group, spawned.pid, self.config.function_overhead + 5 * sums) {

@@ -119,6 +119,7 @@ impl Ours {
             settings: json!({"gateway": {"heartbeat_ms": 3_600_000}}),
             state_dir: folder.path().to_owned(),
             log_level: "warn".into(),
+            log: lifl_daemon::logs::Format::Text,
         })?;
         let ready = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
         let in_time = ready.block_on(async {

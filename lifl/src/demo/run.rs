@@ -11,10 +11,7 @@ use futures_util::FutureExt as _;
 use lifl_api::job::FederatedJob;
 use lifl_daemon::{admin, logs};
 use serde_json::{Value, json};
-use tokio::{
-    signal::unix::{SignalKind, signal},
-    sync::mpsc,
-};
+use tokio::sync::mpsc;
 
 use super::{
     client::{ClientsConfig, Outcome, Progress, run_clients},
@@ -26,7 +23,7 @@ use crate::{
     cli::DemoArgs,
     cpu,
     folder::JobFile,
-    platform::{Platform, PlatformConfig},
+    platform::{self, Platform, PlatformConfig},
 };
 
 /// How long the platform may take to be ready.
@@ -58,12 +55,13 @@ pub fn run(args: &DemoArgs) -> Result<()> {
         ingress: None,
         admin: args.admin,
         jobs: vec![JobFile { path: "demo".into(), job, join_secret: None }],
-        shm_limit: args.shm_limit.map(|size| size.0),
-        userspace: args.userspace,
-        failpoints: args.failpoint.clone(),
+        shm_limit: args.platform.shm_limit.map(|size| size.0),
+        userspace: args.platform.userspace,
+        failpoints: args.platform.failpoint.clone(),
         settings: json!({"coordinator": {"gathering_ms": 500}}),
         state_dir: folder.path().to_owned(),
         log_level: "error".into(),
+        log: logs::Format::Text,
     })?;
     let config = ClientsConfig { split: Split { seed: args.seed, ..Split::DEMO }, ..ClientsConfig::default() };
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
@@ -119,7 +117,8 @@ async fn play(platform: &Platform, config: ClientsConfig) -> Result<(Summary, Ui
     let (events, mut heard) = mpsc::channel(1024);
     let base = format!("http://{}", platform.gateway).parse().context("address of the gateway")?;
     let clients = tokio::spawn(run_clients(base, NAMESPACE, NAME, config, events).boxed());
-    let (mut term, mut interrupt) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
+    let stop = platform::stop_signal()?;
+    tokio::pin!(stop);
     let (mut began, mut told, mut seen) = (None, 0, 0);
     let mut measured = Vec::new();
     // A job that fails before it has told its clients anything tells it here.
@@ -146,8 +145,7 @@ async fn play(platform: &Platform, config: ClientsConfig) -> Result<(Summary, Ui
                 }
             }
             why = platform.ended() => bail!("the platform ended: {}", why.unwrap_or_default()),
-            _ = interrupt.recv() => bail!("interrupted"),
-            _ = term.recv() => bail!("terminated"),
+            () = &mut stop => bail!("told to end"),
         }
     }
     let seconds = began.map_or(0.0, |began| began.elapsed().as_secs_f64());
