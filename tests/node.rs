@@ -13,31 +13,37 @@ mod namespaces;
 #[path = "node/parts.rs"]
 mod parts;
 
-use std::time::{Duration, Instant};
+#[expect(dead_code, reason = "of the harness only a part is needed here")]
+mod harness;
 
 use base64::{Engine as _, prelude::BASE64_STANDARD};
-use libtest_mimic::{Arguments, Failed, Trial};
+use harness::{Outcome, ensure};
+use libtest_mimic::{Arguments, Trial};
 
 use crate::{
     app::{App, Load, Slow},
     parts::{Part, World},
 };
 
-type Outcome<T = ()> = Result<T, Failed>;
 type Run = fn() -> Outcome;
 
-/// Nothing here takes as long; what does is a failure.
-const PATIENCE: Duration = Duration::from_secs(60);
+/// So many looks in a row find nothing new where nothing moves.
+const LOOKS: usize = 20;
+
+/// Tests by the names of their functions.
+macro_rules! trials {
+    ($($name:ident),* $(,)?) => { [$((stringify!($name), $name as Run)),*] };
+}
 
 fn main() {
     let why_not = namespaces::why_not();
-    let trials: [(&str, Run); 6] = [
-        ("an_agent_that_is_replaced_goes_on_with_the_pods_listeners", an_agent_that_is_replaced),
-        ("a_gateway_that_surges_takes_the_pods_over", a_gateway_that_surges),
-        ("an_agent_that_dies_knows_the_newer_gateway_only", an_agent_that_dies_in_a_surge),
-        ("a_gateway_that_goes_without_a_successor_leaves_nobody_refused", a_gateway_that_goes),
-        ("a_webhook_has_its_own_certificate_trusted", a_webhook_has_its_own_certificate_trusted),
-        ("processes_that_die_are_started_again_by_their_parents", processes_that_die),
+    let trials = trials![
+        an_agent_that_is_replaced_goes_on_with_the_pods_listeners,
+        a_gateway_that_surges_takes_the_pods_over,
+        an_agent_that_dies_knows_the_newer_gateway_only,
+        a_gateway_that_goes_without_a_successor_leaves_nobody_refused,
+        a_webhook_has_its_own_certificate_trusted,
+        processes_that_die_are_started_again_by_their_parents,
     ];
     let trials = trials.into_iter().map(|(name, run)| {
         // libtest-mimic shows no reasons, so the name tells it.
@@ -49,18 +55,9 @@ fn main() {
     libtest_mimic::run(&arguments, trials.collect()).exit();
 }
 
-fn ensure(held: bool, otherwise: impl FnOnce() -> String) -> Outcome {
-    if held { Ok(()) } else { Err(otherwise().into()) }
-}
-
 /// Asks until the answer is yes.
 fn until(what: &str, mut asked: impl FnMut() -> Outcome<bool>) -> Outcome {
-    let end = Instant::now() + PATIENCE;
-    while !asked()? {
-        ensure(Instant::now() < end, || format!("{what} does not come"))?;
-        std::thread::sleep(Duration::from_millis(20));
-    }
-    Ok(())
+    harness::until(what, || asked().map(|yes| yes.then_some(())).transpose())?
 }
 
 /// A node whose pod is served: what each trial begins with.
@@ -84,11 +81,16 @@ fn serving_with(lame_duck: &str) -> Outcome<(World, Part, Part, App, Load)> {
     Ok((world, agent, gateway, app, load))
 }
 
-fn an_agent_that_is_replaced() -> Outcome {
+fn an_agent_that_is_replaced_goes_on_with_the_pods_listeners() -> Outcome {
     let (world, agent, gateway, app, load) = serving()?;
     agent.kill_all()?;
     // Its sockets for the pod's loopback are used up; whoever comes then waits for the next agent.
-    std::thread::sleep(Duration::from_millis(300));
+    let mut looks = [None; LOOKS];
+    until("the last socket's use", || {
+        looks.rotate_left(1);
+        looks[LOOKS - 1] = Some(app.answered());
+        Ok(looks[0].is_some() && looks.iter().all(|look| *look == looks[0]))
+    })?;
     let next = world.agent()?;
     next.says("pod taken over from the gateway")?;
     load.goes_on("after the agent's replacement")?;
@@ -103,7 +105,7 @@ fn an_agent_that_is_replaced() -> Outcome {
     ensure(app.answered() > 0, || "nothing was answered".to_owned())
 }
 
-fn a_gateway_that_surges() -> Outcome {
+fn a_gateway_that_surges_takes_the_pods_over() -> Outcome {
     let (world, _agent, old, app, load) = serving()?;
     let slow = Slow::start(&world)?;
     app.has_slow()?;
@@ -122,7 +124,7 @@ fn a_gateway_that_surges() -> Outcome {
     load.ended()
 }
 
-fn an_agent_that_dies_in_a_surge() -> Outcome {
+fn an_agent_that_dies_knows_the_newer_gateway_only() -> Outcome {
     let (world, agent, old, _app, load) = serving()?;
     let new = world.gateway()?;
     new.ready()?;
@@ -143,7 +145,7 @@ fn an_agent_that_dies_in_a_surge() -> Outcome {
     load.ended()
 }
 
-fn a_gateway_that_goes() -> Outcome {
+fn a_gateway_that_goes_without_a_successor_leaves_nobody_refused() -> Outcome {
     let (world, _agent, old, app, load) = serving_with("10s")?;
     let slow = Slow::start(&world)?;
     app.has_slow()?;
@@ -181,7 +183,7 @@ fn a_webhook_has_its_own_certificate_trusted() -> Outcome {
     webhook.exits()
 }
 
-fn processes_that_die() -> Outcome {
+fn processes_that_die_are_started_again_by_their_parents() -> Outcome {
     let (world, agent, gateway, _app, load) = serving()?;
     agent.kill_child()?;
     load.goes_on("after the death of the agent's child")?;

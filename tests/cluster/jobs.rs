@@ -33,9 +33,6 @@ fn federated_job_is_trained_on_a_node() -> Outcome {
     let cluster = platform()?;
     let secret = Some("of the clients".to_owned());
     let job = Job { secret, ..Job::new(&checkpoints(), "on-kubernetes", 3, 4) };
-    let first = checkpoints().join("on-kubernetes.safetensors");
-    fs::write(&first, file(&[0.0; ELEMENTS], false))?;
-    let Job { name, rounds, clients, more, .. } = &job;
     cluster.apply(
         "apiVersion: v1\nkind: Secret\nmetadata: {name: on-kubernetes, namespace: default}\nstringData: {token: of the clients}\n",
     )?;
@@ -43,20 +40,11 @@ fn federated_job_is_trained_on_a_node() -> Outcome {
     cluster.kubectl(
         "-n default create rolebinding lifl-job-secrets --clusterrole=lifl-job-secrets --serviceaccount=lifl-system:coordinator",
     )?;
-    cluster.apply(&format!(
-        "apiVersion: fl.lifl.dev/v1alpha1\nkind: FederatedJob\nmetadata: {{name: {name}, namespace: default}}\nspec: {{model: {{name: m, \
-         initial: {{uri: 'file://{VOLUME}/{name}.safetensors'}}}}, rounds: {rounds}, clientsPerRound: {clients}, minClients: {clients}, \
-         checkpoint: {{uri: 'file://{VOLUME}/{name}.checkpoint', keep: 1000}}, auth: {{tokenSecretRef: {{name: {name}, key: token}}}}, {more}}}\n"
-    ))?;
+    let more = format!(", minClients: {}, auth: {{tokenSecretRef: {{name: on-kubernetes, key: token}}}}", job.clients);
+    apply(&cluster, &job, &more)?;
     let book = Clients::start(service(&cluster)?, &job).done()?;
-    let ended = |printed: &str| {
-        let status: Value = serde_json::from_str(printed).unwrap_or_default();
-        status["phase"] == "Succeeded"
-    };
-    let status =
-        cluster.kubectl_until(&format!("-n default get federatedjob {name} -o jsonpath={{.status}}"), ended)?;
-    let status: Value = serde_json::from_str(&status)?;
-    ensure(status["round"] == *rounds, || status.to_string())?;
+    let status = status_until(&cluster, &job.name, |status| status["phase"] == "Succeeded")?;
+    ensure(status["round"] == job.rounds, || status.to_string())?;
     oracle::check(&job, &book, false)
 }
 

@@ -2,7 +2,7 @@
 //!
 //! What may be lost is what the gateway that dies has in its hands: each request that is lost was in flight then. How many those
 //! are is the machine's speed, so their share is judged in the long run only, with an optimised build:
-//! `LIFL_KILL_SECONDS=600 LIFL_KILL_EVERY=30 LIFL_KILL_RPS=500 LIFL_IMAGE=.../release/lifl`.
+//! `LIFL_KILL_SECONDS=600 LIFL_KILL_EVERY=30 LIFL_KILL_RPS=500 LIFL_IMAGE=.../image/lifl`.
 
 use std::{
     sync::{
@@ -21,7 +21,7 @@ use crate::{
     harness::{Outcome, ensure, http::Call, until, up::kill},
     load::{self, Plan, Record, Road, Sent},
     machine::Cluster,
-    platform::{platform, pod_on, processes, rolled_out},
+    platform::{platform, pod_on, pods_of, processes, rolled_out},
 };
 
 pub(crate) const CASES: &[Case] = &[
@@ -36,7 +36,7 @@ const ANSWERED: f64 = 0.999;
 const LONG_RUN: Duration = Duration::from_secs(30);
 /// A request that began so long before a kill may have been on its way.
 const ON_ITS_WAY: Duration = Duration::from_millis(5);
-/// After a rollout.
+/// A rollout is loaded on for so long.
 const AFTERWARDS: Duration = Duration::from_secs(10);
 /// How long the app takes.
 const WORK: Duration = Duration::from_millis(20);
@@ -176,12 +176,14 @@ fn tell(record: &Record, kills: &[Kill]) {
 fn rollouts_cost_nothing() -> Outcome {
     let cluster = platform()?;
     let plan = plan("rollouts", &cluster, Duration::ZERO)?;
+    let old = pods_of(&cluster, "gateway")?;
     let (record, ()) = under_load(&plan, || {
         for component in ["gateway", "agent"] {
             cluster.kubectl(&format!("-n lifl-system rollout restart daemonset/{component}"))?;
             rolled_out(&cluster, "daemonset", component)?;
         }
-        // The old gateway goes on for its lame-duck time, the new agent takes over what there is.
+        // The old gateways go on for their lame-duck time, the new agents take over what there is.
+        until("the old gateways' end", || old.iter().all(|pod| processes(pod, &["gateway"]).is_empty()).then_some(()))?;
         thread::sleep(AFTERWARDS);
         Ok(())
     })?;

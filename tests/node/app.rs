@@ -11,7 +11,12 @@ use std::{
     time::Duration,
 };
 
-use crate::{Outcome, PATIENCE, ensure, namespaces::POD, parts::World, until};
+use crate::{
+    harness::{Outcome, PATIENCE, ensure},
+    namespaces::POD,
+    parts::World,
+    until,
+};
 
 /// Clients at once.
 const CLIENTS: usize = 4;

@@ -19,9 +19,8 @@ use rustix::process::{Pid, Signal, kill_process};
 use serde_json::{Value, json};
 
 use crate::{
-    Outcome,
     api::{self, Patches},
-    ensure,
+    harness::{Outcome, ensure},
     namespaces::{Node, POD},
     until,
 };
