@@ -1,7 +1,7 @@
 //! Measuring: time and processor time of this process and its children, and opponents that take turns.
 //!
-//! [`Rounds`] runs its contestants one after the other, and all of them again in the next round, so that whatever else the machine
-//! does meets each alike; ratios are taken within a round.
+//! Contestants run one after the other, and all of them again in the next round, so that whatever else the machine does meets each
+//! alike; [`Rounds`] keeps what they cost, and ratios are taken within a round.
 
 use std::{
     collections::BTreeMap,

@@ -13,11 +13,14 @@ use std::{
 use anyhow::ensure;
 
 use super::{
+    contestant::Contestant,
     load,
     node::{Served, start_all},
     opponents::{HELLO, Opponents},
 };
 
+/// Seconds that a node has to come to rest after the last answer.
+const SETTLES: u32 = 30;
 /// How many more.
 pub(super) const FUNCTIONS: u16 = 1000;
 /// Ports of a function: requests here, drain and figures at the next two.
@@ -53,9 +56,7 @@ pub(super) fn idle(opponents: &Opponents, time: Duration) -> anyhow::Result<Idle
     for at in few.iter().chain(&many).map(|pod| pod.at).chain(queue_proxy.iter().map(|proxy| proxy.at)) {
         ensure!(load::get(at)? == HELLO, "{at}: another body");
     }
-    // What follows the last answer is over by then.
-    thread::sleep(Duration::from_secs(1));
-    let ticks = all.ticks()?;
+    let ticks = settled(&all)?;
     let theirs = queue_proxy.as_ref().map(|proxy| proxy.ticks()).transpose()?;
     thread::sleep(time);
     let ticks = all.ticks()? - ticks;
@@ -65,4 +66,18 @@ pub(super) fn idle(opponents: &Opponents, time: Duration) -> anyhow::Result<Idle
     };
     let (one, thousand) = (base.rss()?, all.rss()?);
     Ok(Idle { ticks, each: (thousand - one) / f64::from(FUNCTIONS), base: one, queue_proxy })
+}
+
+/// Its ticks, when what follows the last answer is over.
+fn settled(node: &Contestant) -> anyhow::Result<u64> {
+    let mut before = node.ticks()?;
+    for _ in 0..SETTLES {
+        thread::sleep(Duration::from_secs(1));
+        let now = node.ticks()?;
+        if now == before {
+            return Ok(now);
+        }
+        before = now;
+    }
+    anyhow::bail!("it is never idle")
 }

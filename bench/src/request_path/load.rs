@@ -42,7 +42,7 @@ pub(super) fn wrk(contestant: &Contestant, connections: usize, time: Duration) -
     ]))?;
     let cpu = contestant.cpu()? - before;
     ensure!(!text.contains("Non-2xx") && !text.contains("Socket errors"), "{}: {text}", contestant.name);
-    let answers: u64 = word(&text, " requests in", 0)?;
+    let answers: u64 = word(&text, " requests in")?;
     ensure!(answers > 0, "{}: nothing answered", contestant.name);
     let rate = line(&text, "Requests/sec:")?.trim().parse()?;
     Ok(Turn { rate, cpu: cpu.as_secs_f64() * 1e6 / answers as f64, p99: milliseconds(line(&text, "99%")?)?, answers })
@@ -64,10 +64,10 @@ pub(super) fn h2load(contestant: &Contestant, message: Option<&Path>, time: Dura
     }
     let text = run(command.arg(format!("http://{}/bench.Echo/Echo", contestant.at)))?;
     let cpu = contestant.cpu()? - before;
-    let answers: u64 = word(&text, " succeeded", 0)?;
-    let failed: u64 = word(&text, " failed", 0)?;
+    let answers: u64 = word(&text, " succeeded")?;
+    let failed: u64 = word(&text, " failed")?;
     ensure!(answers > 0 && failed == 0, "{}: {text}", contestant.name);
-    let rate = word(&text, " req/s", 0)?;
+    let rate = word(&text, " req/s")?;
     Ok(Turn { rate, cpu: cpu.as_secs_f64() * 1e6 / answers as f64, p99: f64::NAN, answers })
 }
 
@@ -83,9 +83,9 @@ fn line<'a>(text: &'a str, begin: &str) -> anyhow::Result<&'a str> {
     found.with_context(|| format!("no {begin:?} in {text}"))
 }
 
-/// The word before `mark`, where it stands for the n-th time.
-fn word<T: std::str::FromStr>(text: &str, mark: &str, nth: usize) -> anyhow::Result<T> {
-    let (at, _) = text.match_indices(mark).nth(nth).with_context(|| format!("no {mark:?} in {text}"))?;
+/// The word before `mark`, where it stands first.
+fn word<T: std::str::FromStr>(text: &str, mark: &str) -> anyhow::Result<T> {
+    let at = text.find(mark).with_context(|| format!("no {mark:?} in {text}"))?;
     let word = text[..at].rsplit([' ', '\n', ',']).next().unwrap_or_default();
     word.parse().ok().with_context(|| format!("{word:?} before {mark:?}"))
 }
@@ -111,13 +111,13 @@ mod tests {
     #[test]
     fn what_the_tools_print_is_read() {
         let wrk = "  Latency Distribution\n     50%  301.00us\n     99%    1.20ms\n  1234 requests in 1.01s, 2MB read\nRequests/sec:  1221.78\n";
-        assert_eq!(word::<u64>(wrk, " requests in", 0).unwrap(), 1234);
+        assert_eq!(word::<u64>(wrk, " requests in").unwrap(), 1234);
         assert!((milliseconds(line(wrk, "99%").unwrap()).unwrap() - 1.2).abs() < 1e-9);
         assert!((line(wrk, "Requests/sec:").unwrap().trim().parse::<f64>().unwrap() - 1221.78).abs() < 1e-9);
         let h2load = "finished in 1.00s, 48888.00 req/s, 2.10MB/s\nrequests: 48888 total, 48952 started, 48888 done, 48888 succeeded, 0 failed, 0 errored, 0 timeout\n";
-        assert_eq!(word::<u64>(h2load, " succeeded", 0).unwrap(), 48888);
-        assert_eq!(word::<u64>(h2load, " failed", 0).unwrap(), 0);
-        assert!((word::<f64>(h2load, " req/s", 0).unwrap() - 48888.0).abs() < 1e-9);
+        assert_eq!(word::<u64>(h2load, " succeeded").unwrap(), 48888);
+        assert_eq!(word::<u64>(h2load, " failed").unwrap(), 0);
+        assert!((word::<f64>(h2load, " req/s").unwrap() - 48888.0).abs() < 1e-9);
         assert!(milliseconds("3 fortnights").is_err());
     }
 }

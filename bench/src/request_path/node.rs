@@ -15,10 +15,7 @@ use anyhow::Context as _;
 use lifl_api::pod::{NodePod, PodAsk, PodPort, PodSettings, PodWord};
 use lifl_gateway::pods::Pods;
 use lifl_proxy::Limits;
-use rustix::{
-    net::{AddressFamily, SocketFlags, SocketType, socket_with},
-    process::{Resource, Rlimit, getrlimit, setrlimit},
-};
+use rustix::net::{AddressFamily, SocketFlags, SocketType, socket_with};
 use serde::{Deserialize, Serialize};
 use serde_json::json;
 use tokio::sync::mpsc;
@@ -60,8 +57,7 @@ pub(crate) fn node() -> anyhow::Result<()> {
     let mut line = String::new();
     BufReader::new(std::io::stdin()).read_line(&mut line)?;
     let pods: Vec<Served> = serde_json::from_str(&line)?;
-    let limit = getrlimit(Resource::Nofile).maximum;
-    setrlimit(Resource::Nofile, Rlimit { current: limit, maximum: limit })?;
+    lifl_daemon::raise_limit();
     // As the gateway's own process has it.
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
     runtime.block_on(async {

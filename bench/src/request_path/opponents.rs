@@ -108,8 +108,9 @@ impl Opponents {
         let at = free()?;
         let probe = json!({"tcpSocket": {"port": to.port(), "host": "127.0.0.1"}, "successThreshold": 1});
         let log = self.folder.join("queue-proxy.log");
+        let said = fs::File::create(&log)?;
         let mut command = Command::new(binary);
-        command.env_clear().stdout(fs::File::create(&log)?).stderr(fs::File::create(&log)?);
+        command.env_clear().stdout(said.try_clone()?).stderr(said);
         let names = ["SERVICE", "CONFIGURATION", "REVISION", "NAMESPACE", "POD"];
         command.envs(names.map(|name| (format!("SERVING_{name}"), "bench")));
         command.envs([
