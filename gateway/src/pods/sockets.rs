@@ -207,7 +207,7 @@ impl Shared {
         }
     }
 
-    /// Closes what is too many; whether that was the last time that it is to be done for now.
+    /// Closes surplus sockets; true when none is left that a later sweep would close.
     fn sweep(&self, now: Instant) -> bool {
         let mut closed = Vec::new();
         let mut stocks = self.stocks();
