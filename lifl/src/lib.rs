@@ -25,10 +25,12 @@ compile_error!("LIFL runs on Linux only: it stands on memfd seals, SCM_RIGHTS, p
 pub mod cli;
 pub mod component;
 mod cpu;
+pub mod crd;
 pub mod demo;
 pub mod folder;
 pub mod node;
 pub mod platform;
+mod secret;
 pub mod status;
 pub mod up;
 pub mod webhook;

@@ -5,7 +5,7 @@ use std::process::ExitCode;
 use clap::Parser as _;
 use lifl::{
     cli::{Cli, Command},
-    component, demo, node, status, up, webhook,
+    component, crd, demo, node, status, up, webhook,
 };
 use mimalloc::MiMalloc;
 
@@ -20,7 +20,7 @@ fn main() -> ExitCode {
         Command::Up(args) => up::run(&args, cli.log, &cli.log_level),
         Command::Demo(args) => demo::run(&args),
         Command::Status(args) => status::run(&args),
-        Command::Crd => up::print_crd(),
+        Command::Crd => crd::run(),
         Command::Node(command) => node::run(&command, cli.log, &cli.log_level),
         Command::Webhook(args) => webhook::run(&args, cli.log, &cli.log_level),
         Command::Component(component) => component::main_as(component, cli.log, &cli.log_level),

@@ -16,7 +16,7 @@ use crate::{
     cli::{LogFormat, NodeAgentArgs, NodeArgs, NodeCommand, NodeCoordinatorArgs, NodeGatewayArgs},
     component::single,
     platform::{self, DRAIN},
-    up,
+    secret,
 };
 
 /// What a client of the API server in a pod, or one with a kubeconfig, finds in its environment.
@@ -145,7 +145,7 @@ fn listener(key: &str, address: SocketAddr, purpose: &'static str) -> Result<Dep
 /// said to be meant so, such jobs have a secret that nobody knows.
 fn join_secret(args: &NodeGatewayArgs) -> Result<Option<String>> {
     match &args.join_token_file {
-        Some(path) => Ok(Some(up::read_secret(path)?)),
+        Some(path) => Ok(Some(secret::read(path)?)),
         None if args.insecure || args.clients.ip().is_loopback() => Ok(None),
         None => {
             let mut random = [0; 32];

@@ -1,10 +1,6 @@
 //! `lifl up DIR`.
 
-use std::{fs, io::Write as _, path::Path};
-
-use anyhow::{Context as _, Result, anyhow, bail};
-use kube::CustomResourceExt as _;
-use lifl_api::job::FederatedJob;
+use anyhow::{Result, anyhow, bail};
 use lifl_daemon::logs;
 use lifl_gateway::ingress;
 
@@ -13,6 +9,7 @@ use crate::{
     component::single,
     folder,
     platform::{self, Platform, PlatformConfig},
+    secret,
 };
 
 /// Serves the folder until SIGTERM or Ctrl-C.
@@ -29,7 +26,7 @@ pub fn run(args: &UpArgs, log: LogFormat, log_level: &str) -> Result<()> {
         bail!("{}: no FederatedJob in any .yaml or .yml file", args.dir.display());
     }
     if let Some(path) = &args.join_token_file {
-        let secret = read_secret(path)?;
+        let secret = secret::read(path)?;
         for job in &mut jobs {
             job.join_secret.get_or_insert_with(|| secret.clone());
         }
@@ -63,15 +60,6 @@ pub fn run(args: &UpArgs, log: LogFormat, log_level: &str) -> Result<()> {
     Ok(platform.stop()?)
 }
 
-/// The secret of `--join-token-file`.
-pub(crate) fn read_secret(path: &Path) -> Result<String> {
-    let secret = fs::read_to_string(path).with_context(|| format!("--join-token-file {}", path.display()))?;
-    match secret.trim() {
-        "" => bail!("--join-token-file {} is empty", path.display()),
-        secret => Ok(secret.to_owned()),
-    }
-}
-
 async fn serve(platform: &Platform) -> Result<Option<String>> {
     let stop = platform::stop_signal()?;
     let announce = async {
@@ -85,13 +73,4 @@ async fn serve(platform: &Platform) -> Result<Option<String>> {
         why = platform.ended() => Ok(why),
         () = stop => Ok(None),
     }
-}
-
-/// Prints the CustomResourceDefinition as it is generated from the types.
-///
-/// # Errors
-/// When standard output is closed.
-pub fn print_crd() -> Result<()> {
-    let crd = serde_yaml_ng::to_string(&FederatedJob::crd())?;
-    Ok(std::io::stdout().write_all(crd.as_bytes())?)
 }
