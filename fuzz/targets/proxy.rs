@@ -137,7 +137,8 @@ pub(crate) fn heads(input: &[u8]) {
 }
 
 fn passed_on(mut parts: http::request::Parts, peer: &Peer, protocol: Protocol) {
-    let Ok(upgrading) = head::to_endpoint(&mut parts, peer, protocol) else { return };
+    let endpoint = Endpoint::plain(CLIENT.parse().expect("an address"), protocol);
+    let Ok(upgrading) = head::to_endpoint(&mut parts, peer, &endpoint) else { return };
     for name in HOP_BY_HOP.iter().filter(|_| !upgrading) {
         assert!(!parts.headers.contains_key(name), "{name} goes on");
     }

@@ -9,7 +9,7 @@ use std::{
 };
 
 use http::{HeaderValue, Method, Request, Response, StatusCode, header, response};
-use hyper::{body::Body as _, upgrade::OnUpgrade};
+use hyper::upgrade::OnUpgrade;
 use tokio::{sync::Notify, time::timeout};
 
 use crate::{
@@ -141,11 +141,8 @@ async fn ask<D: Dial>(
     let client = hyper::upgrade::on(&mut request);
     let (mut parts, body) = request.into_parts();
     let continues = protocol == Protocol::H1 && head::has_token(&parts.headers, &header::EXPECT, "100-continue");
-    let asked = head::to_endpoint(&mut parts, peer, protocol)?.then(|| parts.headers.get(header::UPGRADE).cloned());
-    if protocol == Protocol::H1 && !body.is_end_stream() && body.size_hint().exact().is_none() {
-        // Told expressly: of a GET hyper would take a body of unknown length for none.
-        parts.headers.insert(header::TRANSFER_ENCODING, HeaderValue::from_static("chunked"));
-    }
+    let asked =
+        head::to_endpoint(&mut parts, peer, &upstream.endpoint())?.then(|| parts.headers.get(header::UPGRADE).cloned());
     let mut request = Request::from_parts(parts, body);
     if continues {
         request = wait_for_continue(request);

@@ -12,7 +12,10 @@ use http::{
     uri::{Authority, PathAndQuery, Scheme},
 };
 
-use crate::{endpoint::Protocol, timeouts::Spare};
+use crate::{
+    endpoint::{Endpoint, Protocol},
+    timeouts::Spare,
+};
 
 /// The host that the client asked for, while the activator's own stands in `Host`.
 pub const K_ORIGINAL_HOST: HeaderName = HeaderName::from_static("k-original-host");
@@ -127,8 +130,8 @@ pub(crate) fn drop_named(headers: &mut HeaderMap) {
 ///
 /// # Errors
 /// [`Malformed`]: no host, or a target that is no path.
-pub fn to_endpoint(head: &mut request::Parts, peer: &Peer, protocol: Protocol) -> Result<bool, Malformed> {
-    let upgrade = match protocol {
+pub fn to_endpoint(head: &mut request::Parts, peer: &Peer, endpoint: &Endpoint) -> Result<bool, Malformed> {
+    let upgrade = match endpoint.protocol {
         Protocol::H1 if head.version == Version::HTTP_11 => wanted_upgrade(&head.headers),
         _ => None,
     };
@@ -143,7 +146,7 @@ pub fn to_endpoint(head: &mut request::Parts, peer: &Peer, protocol: Protocol) -
         head.headers.insert(UPGRADE, to);
     }
     append_forwarded_for(&mut head.headers, peer);
-    target(head, protocol)?;
+    target(head, endpoint)?;
     Ok(upgrading)
 }
 
@@ -299,8 +302,15 @@ pub fn append_forwarded_for(headers: &mut HeaderMap, peer: &Peer) {
 }
 
 /// The target and the host in the form of the protocol.
-fn target(head: &mut request::Parts, protocol: Protocol) -> Result<(), Malformed> {
-    match protocol {
+fn target(head: &mut request::Parts, endpoint: &Endpoint) -> Result<(), Malformed> {
+    if let Some(query) = head.uri.path_and_query().filter(|path| path.as_str().starts_with('?')) {
+        // A query on no path is one on `/`, and everybody is to see it so.
+        let path = PathAndQuery::try_from(format!("/{}", query.as_str()));
+        let mut parts = std::mem::take(&mut head.uri).into_parts();
+        parts.path_and_query = Some(path.map_err(|_invalid| Malformed("target"))?);
+        head.uri = Uri::from_parts(parts).map_err(|_invalid| Malformed("target"))?;
+    }
+    match endpoint.protocol {
         Protocol::H1 => {
             if let Some(authority) = head.uri.authority() {
                 // The target's own host counts, as RFC 9112 3.2.2 says; in HTTP/2 there is no other.
@@ -309,8 +319,11 @@ fn target(head: &mut request::Parts, protocol: Protocol) -> Result<(), Malformed
                 let path = head.uri.path_and_query().cloned().unwrap_or(PathAndQuery::from_static("/"));
                 head.uri = Uri::from(path);
             }
-            // HTTP/1.0 needs no host, HTTP/1.1 does: one that nobody has named is empty there, as RFC 9112 3.2 says.
-            head.headers.entry(HOST).or_insert(HeaderValue::from_static(""));
+            if head.version == Version::HTTP_10 && !head.headers.contains_key(HOST) {
+                // HTTP/1.1 needs a host: where nobody has named one it is the endpoint's own, as with Go.
+                let addr = HeaderValue::try_from(endpoint.addr.to_string()).map_err(|_invalid| Malformed("host"))?;
+                head.headers.insert(HOST, addr);
+            }
             head.version = Version::HTTP_11;
         }
         Protocol::H2c => {

@@ -4,6 +4,10 @@ use http::{Request, Response};
 
 use super::*;
 
+fn to(protocol: Protocol) -> Endpoint {
+    Endpoint::plain("10.0.0.9:8080".parse().expect("an address"), protocol)
+}
+
 fn peer() -> Peer {
     Peer::new("192.0.2.7:4711".parse().expect("address"))
 }
@@ -44,7 +48,7 @@ fn hop_by_hop_headers_end_here() {
             ("k-proxy-request", "activator"),
         ],
     );
-    assert!(!to_endpoint(&mut head, &peer(), Protocol::H1).expect("a request"), "not named by Connection");
+    assert!(!to_endpoint(&mut head, &peer(), &to(Protocol::H1)).expect("a request"), "not named by Connection");
     let expected = [
         "host: h",
         "k-proxy-request: activator",
@@ -60,23 +64,23 @@ fn hop_by_hop_headers_end_here() {
 fn an_upgrade_is_passed_on_by_http_1_only() {
     let headers = [("host", "h"), ("connection", "keep-alive, Upgrade"), ("upgrade", "websocket")];
     let mut head = request("/", Version::HTTP_11, &headers);
-    assert!(to_endpoint(&mut head, &peer(), Protocol::H1).expect("a request"));
+    assert!(to_endpoint(&mut head, &peer(), &to(Protocol::H1)).expect("a request"));
     let expected = ["connection: Upgrade", "host: h", "upgrade: websocket", "x-forwarded-for: 192.0.2.7"];
     assert_eq!(lines(&head.headers), expected);
     for (version, protocol) in [(Version::HTTP_10, Protocol::H1), (Version::HTTP_11, Protocol::H2c)] {
         let mut head = request("/", version, &headers);
-        assert!(!to_endpoint(&mut head, &peer(), protocol).expect("a request"));
+        assert!(!to_endpoint(&mut head, &peer(), &to(protocol)).expect("a request"));
         assert!(!head.headers.contains_key(UPGRADE));
     }
     let mut head = request("/", Version::HTTP_11, &[("host", "h"), ("connection", "upgrade"), ("upgrade", "h2c")]);
-    assert!(!to_endpoint(&mut head, &peer(), Protocol::H1).expect("a request"), "h2c is ours to answer");
+    assert!(!to_endpoint(&mut head, &peer(), &to(Protocol::H1)).expect("a request"), "h2c is ours to answer");
 }
 
 #[test]
 fn addresses_are_appended() {
     let mut head =
         request("/", Version::HTTP_11, &[("host", "h"), ("x-forwarded-for", "a, b"), ("x-forwarded-for", "c")]);
-    to_endpoint(&mut head, &peer(), Protocol::H1).expect("a request");
+    to_endpoint(&mut head, &peer(), &to(Protocol::H1)).expect("a request");
     assert_eq!(head.headers[X_FORWARDED_FOR], "a, b, c, 192.0.2.7");
     assert_eq!(head.headers.get_all(X_FORWARDED_FOR).iter().count(), 1);
     let mapped = Peer::new("[::ffff:192.0.2.8]:1".parse().expect("address"));
@@ -93,7 +97,9 @@ fn targets_get_the_form_of_the_protocol() {
         ("http://u:s@t/p", Version::HTTP_11, Some("h"), Protocol::H1, Ok(("/p", Some("t")))),
         ("http://t/p", Version::HTTP_2, None, Protocol::H1, Ok(("/p", Some("t")))),
         ("*", Version::HTTP_11, Some("h"), Protocol::H1, Ok(("*", Some("h")))),
-        ("/", Version::HTTP_10, None, Protocol::H1, Ok(("/", Some("")))),
+        ("/", Version::HTTP_10, None, Protocol::H1, Ok(("/", Some("10.0.0.9:8080")))),
+        ("http://t?q", Version::HTTP_11, Some("h"), Protocol::H1, Ok(("/?q", Some("t")))),
+        ("http://t?q", Version::HTTP_2, None, Protocol::H2c, Ok(("http://t/?q", None))),
         ("/p?q", Version::HTTP_11, Some("h:81"), Protocol::H2c, Ok(("http://h:81/p?q", None))),
         ("http://t/p", Version::HTTP_2, None, Protocol::H2c, Ok(("http://t/p", None))),
         ("http://a:x@t:81/p", Version::HTTP_11, Some("h"), Protocol::H2c, Ok(("http://t:81/p", None))),
@@ -104,7 +110,7 @@ fn targets_get_the_form_of_the_protocol() {
     for (uri, version, host, protocol, expected) in rows {
         let headers: Vec<(&str, &str)> = host.iter().map(|host| ("host", *host)).collect();
         let mut head = request(uri, *version, &headers);
-        let made = to_endpoint(&mut head, &peer(), *protocol);
+        let made = to_endpoint(&mut head, &peer(), &to(*protocol));
         let host = head.headers.get(HOST).map(|host| host.to_str().expect("text"));
         let uri = head.uri.to_string();
         assert_eq!(made.map(|_| (&*uri, host)).map_err(drop), *expected, "{uri} {protocol:?}");
@@ -117,7 +123,7 @@ fn knative_the_original_host_comes_back() {
         for protocol in [Protocol::H1, Protocol::H2c] {
             let mut head = request(uri, version, &[("host", "10.0.0.1:8012"), ("k-original-host", "shop.example.com")]);
             restore_host(&mut head);
-            to_endpoint(&mut head, &peer(), protocol).expect("a request");
+            to_endpoint(&mut head, &peer(), &to(protocol)).expect("a request");
             assert!(!head.headers.contains_key(K_ORIGINAL_HOST));
             match protocol {
                 Protocol::H1 => assert_eq!(head.headers[HOST], "shop.example.com"),

@@ -12,7 +12,7 @@ use std::{
         Arc, Weak,
         atomic::{AtomicUsize, Ordering},
     },
-    task::{Context, Poll, Waker, ready},
+    task::{Context, Poll, ready},
     time::Duration,
 };
 
@@ -42,8 +42,6 @@ const DOUBTED: Duration = Duration::from_millis(20);
 const READ: usize = 8 << 10;
 /// Read at once from one that fills whatever it is given.
 const READ_MOST: usize = 256 << 10;
-/// Heads before the one that counts (`100 Continue` and the like), as many as Go's client takes.
-const INTERIM: usize = 5;
 
 /// A connection in use.
 pub(super) struct Lease(Box<Connection>);
@@ -148,26 +146,23 @@ impl Lease {
         if now.saturating_duration_since(self.0.idle_since) < DOUBTED {
             return self.open();
         }
-        // What nobody asked for is no better than an end.
         let peeked = rustix::net::recv(&self.0.stream, &mut [0_u8; 1][..], RecvFlags::PEEK | RecvFlags::DONTWAIT);
         matches!(peeked, Err(rustix::io::Errno::WOULDBLOCK))
     }
 
     /// The same as far as the reactor has said.
     pub(super) fn open(&self) -> bool {
-        // Nobody is to be woken: the connection is polled again with the request.
-        let mut quiet = Context::from_waker(Waker::noop());
-        let ready = self.0.stream.poll_read_ready(&mut quiet).is_ready();
-        !ready || matches!(self.0.stream.try_read(&mut [0; 1]), Err(error) if error.kind() == io::ErrorKind::WouldBlock)
+        // What nobody asked for is no better than an end.
+        matches!(self.0.stream.try_read(&mut [0; 1]), Err(error) if error.kind() == io::ErrorKind::WouldBlock)
     }
 
     /// Sends a request and waits for the head of the response.
     pub(super) async fn send(&mut self, request: Request<Body>) -> Result<Answer, Unanswered> {
         let connection = &mut *self.0;
-        let (mut head, body) = request.into_parts();
-        let told = head.extensions.remove::<Continue>();
+        let (head, body) = request.into_parts();
+        let told = head.extensions.get::<Continue>().cloned();
         connection.writer.begin(&head, body);
-        let (bodiless, mut interim) = (head.method == Method::HEAD, INTERIM);
+        let (bodiless, mut interim) = (head.method == Method::HEAD, 0);
         let broken = poll_fn(|cx| connection.poll_answer(cx, bodiless, &mut interim, told.as_ref()));
         broken.await.map_err(|broken| {
             let unsent = connection.writer.take_unsent();
@@ -235,7 +230,7 @@ impl Lease {
             && connection.writer.rest()
             && let Some(shelf) = connection.shelf.upgrade()
         {
-            if std::mem::take(&mut connection.grown) {
+            if std::mem::take(&mut connection.grown) || connection.buffer.capacity() > 2 * READ {
                 (connection.buffer, connection.room) = (BytesMut::new(), READ);
             }
             connection.idle_since = Instant::now();
@@ -266,16 +261,22 @@ impl Connection {
             return Poll::Ready(Err(broken));
         }
         loop {
-            while let Some(head) = response::head(&mut self.buffer, &mut self.seen, HEAD as usize, bodiless)? {
+            let before = self.buffer.len();
+            if let Some(head) = response::head(&mut self.buffer, &mut self.seen, HEAD as usize, bodiless)? {
                 let status = head.response.status();
                 if !status.is_informational() || status == StatusCode::SWITCHING_PROTOCOLS {
                     (self.body, self.keep_alive) = (head.body, head.keep_alive);
                     return Poll::Ready(Ok(Answer { response: head.response, whole: head.whole }));
                 }
-                *interim = interim.checked_sub(1).ok_or(Broken::Malformed("too many interim responses"))?;
+                // As many as there may be, but not without end.
+                *interim += before - self.buffer.len();
+                if *interim > HEAD as usize {
+                    return Poll::Ready(Err(Broken::Malformed("interim responses without end")));
+                }
                 if let Some(Continue(told)) = told.filter(|_| status == StatusCode::CONTINUE) {
                     told.notify_one();
                 }
+                continue;
             }
             let read = ready!(self.poll_read(cx));
             if !matches!(read, Ok(1..)) {

@@ -278,14 +278,16 @@ async fn pipe(mut lease: Lease, whole: Option<Bytes>, to: mpsc::Sender<Result<Fr
         let Ok(room) = room else { return };
         match first.take() {
             Some(frame) => room.send(frame),
-            None => match poll_fn(|cx| lease.poll_frame(cx)).await {
-                Some(frame) => room.send(frame),
-                None => break,
-            },
+            None => {
+                let Some(frame) = poll_fn(|cx| lease.poll_frame(cx)).await else { return };
+                if lease.is_end() && !lease.is_sending() {
+                    // Before it is sent: who reads the last frame ends this task.
+                    lease.give_back();
+                    return room.send(frame);
+                }
+                room.send(frame);
+            }
         }
-    }
-    if !lease.is_sending() {
-        lease.give_back();
     }
 }
 

@@ -380,3 +380,65 @@ async fn a_get_may_have_a_body() {
         assert!(asked.body == "hello" && asked.headers.contains_key(field), "{asked:?}");
     }
 }
+
+#[tokio::test]
+async fn an_endpoint_may_say_often_that_it_works_but_not_without_end() {
+    let (addr, _task) = endpoint(|_, mut wire| async move {
+        let interim = "HTTP/1.1 102 Processing\r\n\r\n";
+        while wire.head().await.first.starts_with("GET /some ") {
+            wire.write(&interim.repeat(50)).await;
+            wire.write(OK).await;
+        }
+        while wire.try_write(&interim.repeat(50)).await {}
+    })
+    .await;
+    let served = Served::new(addr, settings()).await;
+    for _ in 0..2 {
+        assert_eq!(served.ask("GET /some HTTP/1.1\r\nHost: h\r\n\r\n").await.body, "ok");
+    }
+    let refused = served.ask("GET /all HTTP/1.1\r\nHost: h\r\n\r\n").await;
+    assert!(refused.status() == "502" && refused.body.contains("interim responses without end"), "{refused:?}");
+}
+
+/// The connection is free when its response has been read, though the response began before the request's end.
+#[tokio::test]
+async fn a_connection_is_used_again_after_a_response_that_has_overtaken_its_request() {
+    let (addr, _task) = endpoint(|_, mut wire| async move {
+        loop {
+            wire.head().await;
+            wire.write("HTTP/1.1 200 OK\r\nContent-Length: 10\r\n\r\nhello").await;
+            wire.exactly(4).await;
+            wire.write("world").await;
+        }
+    })
+    .await;
+    let served = Served::new(addr, settings()).await;
+    for _ in 0..3 {
+        let mut client = served.client().await;
+        client.write("POST / HTTP/1.1\r\nHost: h\r\nContent-Length: 4\r\n\r\n").await;
+        assert_eq!(client.head().await.status(), "200");
+        assert_eq!(client.exactly(5).await, "hello");
+        client.write("ping").await;
+        assert_eq!(client.exactly(5).await, "world");
+    }
+    assert_eq!(served.dialled.0.load(Ordering::SeqCst), 1);
+}
+
+#[tokio::test]
+async fn how_long_a_request_is_stands_in_its_head_once() {
+    let (addr, asked, _task) = answers(OK).await;
+    let served = Served::new(addr, settings()).await;
+    for request in [
+        "POST / HTTP/1.1\r\nHost: h\r\nContent-Length: 2, 2\r\n\r\nok",
+        "POST / HTTP/1.1\r\nHost: h\r\nContent-Length: 2\r\nContent-Length: 2\r\n\r\nok",
+        "POST / HTTP/1.1\r\nHost: h\r\n\r\n",
+        "GET / HTTP/1.1\r\nHost: h\r\n\r\n",
+    ] {
+        served.ask(request).await;
+    }
+    let asked = asked.lock().expect("no panic");
+    let lengths: Vec<_> = asked.iter().map(|asked| asked.headers.get("content-length").map(Vec::len)).collect();
+    let said: Vec<_> = asked.iter().map(|asked| asked.header("content-length")).collect();
+    assert!(lengths.iter().all(|length| length.is_none_or(|length| length == 1)), "{lengths:?}");
+    assert_eq!(said[said.len() - 2..], ["0", ""], "Go's rule for what usually has a body");
+}

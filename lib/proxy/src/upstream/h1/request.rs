@@ -7,7 +7,7 @@ use std::{
 };
 
 use bytes::{Buf as _, Bytes};
-use http::{HeaderMap, HeaderName, HeaderValue, header, request};
+use http::{HeaderMap, HeaderName, HeaderValue, Method, header, request};
 use hyper::body::Body as _;
 use tokio::{io::AsyncWrite as _, net::TcpStream};
 
@@ -52,7 +52,7 @@ enum Framing {
 // === impl Writer ===
 
 impl Writer {
-    /// Begins a request; a body of unknown length comes with `Transfer-Encoding: chunked` in the head.
+    /// Begins a request. How long it is is told by its body alone, so that head and body cannot differ.
     pub(super) fn begin(&mut self, head: &request::Parts, body: Body) {
         self.lines.clear();
         (self.at, self.began, self.asked) = (0, false, false);
@@ -60,25 +60,37 @@ impl Writer {
         for part in [head.method.as_str(), " ", path, " HTTP/1.1\r\n"] {
             self.lines.extend_from_slice(part.as_bytes());
         }
+        let mut told = false;
         for (name, value) in &head.headers {
-            self.line(name, value);
+            match *name {
+                header::CONTENT_LENGTH | header::TRANSFER_ENCODING => told = true,
+                _ => self.line(name, value),
+            }
         }
         self.body = (!body.is_end_stream()).then_some(body);
-        if let Some(body) = &self.body {
-            self.framing = match body.size_hint().exact() {
-                Some(length) => Framing::Length(length),
-                None => Framing::Chunked,
-            };
-            if let Framing::Length(length) = self.framing
-                && !head.headers.contains_key(header::CONTENT_LENGTH)
-            {
-                self.line(&header::CONTENT_LENGTH, &length.into());
+        let length = self.body.as_ref().map(|body| body.size_hint().exact());
+        match length {
+            // As Go has it: servers ask for the length of what usually has a body.
+            None if told || [Method::POST, Method::PUT, Method::PATCH].contains(&head.method) => self.length(0),
+            None => {}
+            Some(Some(length)) => {
+                self.framing = Framing::Length(length);
+                self.length(length);
             }
-            let announced = head.headers.get_all(header::TRAILER).into_iter();
-            self.announced.clear();
-            self.announced.extend(announced.flat_map(|value| head::tokens(value.as_bytes())).filter_map(trailer));
+            Some(None) => {
+                self.framing = Framing::Chunked;
+                self.lines.extend_from_slice(b"transfer-encoding: chunked\r\n");
+                let announced = head.headers.get_all(header::TRAILER).into_iter();
+                self.announced.clear();
+                self.announced.extend(announced.flat_map(|value| head::tokens(value.as_bytes())).filter_map(trailer));
+            }
         }
         self.lines.extend_from_slice(b"\r\n");
+    }
+
+    fn length(&mut self, length: u64) {
+        // A vector takes all that is written.
+        let _written = write!(self.lines, "content-length: {length}\r\n");
     }
 
     /// Writes; ready when all is written, or nothing more will be.

@@ -14,7 +14,7 @@ use super::Broken;
 use crate::head;
 
 /// Fields of a head, or of trailers.
-const FIELDS: usize = 100;
+const FIELDS: usize = 256;
 /// A chunk's size with its extensions.
 const SIZE_LINE: usize = 4 << 10;
 /// Trailers of a body.
@@ -63,6 +63,8 @@ pub(super) enum Piece {
 #[derive(Default)]
 struct Framing {
     length: Option<u64>,
+    /// It was said more than once, or with more than its digits.
+    repeated: bool,
     chunked: bool,
     close: bool,
     keep_alive: bool,
@@ -114,9 +116,11 @@ pub(super) fn head(
         }
     }
     let body = framing.body(status, bodiless, http11)?;
-    if framing.chunked {
+    match framing.length {
         // RFC 9112 6.3: the encoding counts, and the length must not be passed on beside it.
-        headers.remove(CONTENT_LENGTH);
+        Some(_) if framing.chunked => drop(headers.remove(CONTENT_LENGTH)),
+        Some(length) if framing.repeated => drop(headers.insert(CONTENT_LENGTH, length.into())),
+        _ => {}
     }
     let keep_alive = body != Decoder::Rest && !framing.close && (http11 || framing.keep_alive);
     let mut response = Response::new(());
@@ -177,6 +181,8 @@ impl Framing {
             if first.is_some_and(|first| first != length) {
                 return Err(Broken::Malformed("several Content-Length"));
             }
+            let plain = value == "0" || (!value.as_bytes().starts_with(b"0") && !value.as_bytes().contains(&b','));
+            self.repeated |= first.is_some() || !plain;
             return Ok(first.is_none());
         }
         if *name == TRANSFER_ENCODING {
@@ -304,6 +310,9 @@ fn trailers(buffer: &mut BytesMut) -> Result<Option<HeaderMap>, Broken> {
     if buffer.starts_with(b"\r\n") {
         buffer.advance(2);
         return Ok(Some(HeaderMap::new()));
+    }
+    if buffer.starts_with(b"\n") {
+        return Err(Broken::Malformed("trailers"));
     }
     let Some(end) = end_of_head(buffer, 0) else {
         return if buffer.len() < TRAILERS { Ok(None) } else { Err(Broken::Long(TRAILERS)) };

@@ -2,7 +2,7 @@ use proptest::prelude::*;
 
 use super::*;
 
-const BOUND: usize = 1 << 10;
+const BOUND: usize = 2 << 10;
 
 /// A response as its reader sees it: status, fields, body, trailers, and whether another request may follow.
 #[derive(Debug, PartialEq, Eq)]
@@ -105,6 +105,7 @@ fn what_two_readers_may_read_as_two_things_is_refused() {
         ("HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n-1\r\nab\r\n", "chunk size"),
         ("HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n10000000000000000\r\nab\r\n", "chunk size"),
         ("HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n1\r\nab\r\n0\r\n\r\n", "chunk without end"),
+        ("HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n1\r\na\r\n0\r\n\n", "trailers"),
         (
             "HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nab",
             "connection closed before the end of the response",
@@ -144,6 +145,17 @@ fn heads_are_passed_on_as_they_are() {
     let fields: Vec<(&str, &str)> = fields.iter().map(|(name, value)| (&**name, &**value)).collect();
     assert_eq!(fields, [("x-one", "1"), ("set-cookie", "a"), ("set-cookie", "b"), ("content-length", "2")]);
     assert_eq!((head.body, head.keep_alive, head.whole), (Decoder::End, true, None), "the answer to a HEAD");
+}
+
+#[test]
+fn a_length_is_passed_on_once_and_as_a_number() {
+    for said in
+        ["Content-Length: 2\r\nContent-Length: 2", "Content-Length: 2, 2", "Content-Length: 002", "Content-Length: 2"]
+    {
+        let response = format!("HTTP/1.1 200 OK\r\n{said}\r\n\r\nok");
+        let seen = read([response.as_bytes()], false).expect(said);
+        assert_eq!(seen.fields, [("content-length".to_owned(), "2".to_owned())], "{said}");
+    }
 }
 
 #[test]
