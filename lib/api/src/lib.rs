@@ -9,6 +9,7 @@
 //! | [`ingress`] | Knative's internal Ingress, and its hash |
 //! | [`manifest`] | a model's tensors and where their floats lie in a flat vector |
 //! | [`node`] | what agent, gateway, coordinator and functions say to each other |
+//! | [`plan`] | where a job is aggregated and why, and what makes one plan of another |
 //! | [`pod`] | Knative's pods served by a node: settings of queue-proxy, agent and gateway on listeners and sockets |
 //!
 //! No I/O, no async, no sibling.
@@ -20,5 +21,6 @@ pub mod ingress;
 pub mod job;
 pub mod manifest;
 pub mod node;
+pub mod plan;
 pub mod pod;
 pub mod quantity;
