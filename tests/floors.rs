@@ -23,6 +23,7 @@ const FLOORS: &[(&str, u32)] = &[
     ("lifl-gateway", 2),
     ("lifl-agent", 2),
     ("lifl-aggregator", 2),
+    ("lifl-autoscaler", 2),
     ("lifl-coordinator", 2),
     ("lifl-webhook", 2),
     ("lifl", 3),
