@@ -47,7 +47,8 @@ fn usage_is_2_and_help_is_0() -> Outcome {
     says(&["up"], 2, &["<DIR>"])?;
     says(&["up", "/tmp", "--listen", "nowhere"], 2, &["--listen", "nowhere"])?;
     says(&["demo", "--rounds", "0"], 2, &["--rounds", "0"])?;
-    for args in [&["--help"][..], &["--version"], &["up", "--help"], &["demo", "--help"]] {
+    says(&["plan"], 2, &["<FILE>"])?;
+    for args in [&["--help"][..], &["--version"], &["up", "--help"], &["demo", "--help"], &["plan", "--help"]] {
         let (code, out, _) = run(args)?;
         ensure(code == 0 && out.contains("lifl"), || format!("{args:?}: {code} {out}"))?;
     }
@@ -164,4 +165,95 @@ fn components_log_as_they_are_told() -> Outcome {
     let by = |target: &str| said.iter().any(|line| line["target"].as_str().is_some_and(|of| of.starts_with(target)));
     let all = ["lifl::", "lifl_agent", "lifl_gateway", "lifl_coordinator"].into_iter().all(by);
     ensure(ended.success() && all, || format!("{ended}: {said:#?}"))
+}
+
+/// A job of 20 clients and a place for more files.
+fn to_plan(clients: u32) -> Outcome<(tempfile::TempDir, String)> {
+    let dir = tempfile::tempdir()?;
+    Job::new(dir.path(), "digits", 1, clients).write(dir.path())?;
+    let file = dir.path().join("digits.yaml").to_str().ok_or("path")?.to_owned();
+    Ok((dir, file))
+}
+
+#[test]
+fn a_plan_is_for_people_and_for_programs() -> Outcome {
+    let (dir, file) = to_plan(30)?;
+    let nodes = dir.path().join("nodes.yaml");
+    fs::write(
+        &nodes,
+        "nodes:\n- {name: n2, capacity: 20, arrivals: 10, execution: 500ms}\n- {name: n3, capacity: 20}\n",
+    )?;
+    let args = ["plan", &file, "--node", "n1=20,memory=1Gi", "--nodes", nodes.to_str().ok_or("path")?];
+    let (code, table, said) = run(&args)?;
+    // n2 has room for 15 and is the fullest; the rest goes to the first of the others.
+    let rows: Vec<Vec<&str>> = table.lines().map(|line| line.split_whitespace().take(5).collect()).collect();
+    let has = |row: [&str; 5]| rows.iter().any(|found| *found == row);
+    ensure(code == 0 && has(["n1", "15", "8", "yes", "yes"]) && has(["n2", "15", "8", "yes", "-"]), || {
+        table.clone() + &said
+    })?;
+    ensure(table.contains("2 of 3 nodes: 16 leaves") && table.contains("not needed: n3"), || table)?;
+    let (_, json, _) = run(&[&args[..], &["-o", "json"]].concat())?;
+    let plan: lifl_api::plan::Plan = serde_json::from_str(&json)?;
+    ensure(plan.schema == "lifl.dev/plan/v1" && plan.leaves() == 16 && plan.nodes["n2"].clients == 15, || json)?;
+    let (_, yaml, _) = run(&[&args[..], &["-o", "yaml", "--policy", "BestFit"]].concat())?;
+    ensure(serde_yaml_ng::from_str::<lifl_api::plan::Plan>(&yaml)? == plan, || yaml)?;
+    let (code, local, _) = run(&["plan", &file])?;
+    ensure(code == 0 && local.contains("local") && local.contains("1 of 1 node"), || local)
+}
+
+#[test]
+fn a_plan_is_compared_with_an_older_one() -> Outcome {
+    let (dir, file) = to_plan(20)?;
+    let older = dir.path().join("older.json");
+    let nodes = ["plan", &file, "--node", "n1=20", "--node", "n2=20"];
+    fs::write(&older, run(&[&nodes[..], &["-o", "json"]].concat())?.1)?;
+    let against = ["--diff", older.to_str().ok_or("path")?];
+    let (code, same, _) = run(&[&nodes[..], &against].concat())?;
+    ensure(code == 0 && same == "no difference\n", || format!("{code}: {same}"))?;
+    let wide = [&nodes[..], &against, &["--policy", "worstfit"]].concat();
+    let (code, text, _) = run(&wide)?;
+    ensure(code == 3 && text.contains("~ job: policy BestFit -> WorstFit"), || format!("{code}: {text}"))?;
+    ensure(text.contains("~ n2: clients 0 -> 10"), || text)?;
+    let (code, json, _) = run(&[&wide[..], &["-o", "json"]].concat())?;
+    let diff: serde_json::Value = serde_json::from_str(&json)?;
+    let first = serde_json::json!({"path": "/nodes/n1/clients", "before": 20, "after": 10});
+    ensure(code == 3 && diff["schema"] == "lifl.dev/plan-diff/v1" && diff["changes"][0] == first, || json)?;
+    says(&["plan", &file, "--diff", "/does/not/exist"], 1, &["--diff /does/not/exist"])?;
+    says(&["plan", &file, "--diff", &file], 1, &["--diff", "is not a plan", "-o json"])
+}
+
+#[test]
+fn what_cannot_be_planned_is_named_with_its_value() -> Outcome {
+    let (dir, file) = to_plan(50)?;
+    let other = |name: &str, text: &str| -> Outcome<String> {
+        let path = dir.path().join(name);
+        fs::write(&path, text)?;
+        Ok(path.to_str().ok_or("path")?.to_owned())
+    };
+    let two = ["--node", "n1=20", "--node", "n2=20"];
+    says(
+        &[&["plan", &file][..], &two].concat(),
+        1,
+        &["50 clients", "room for 40", "2 nodes", "capacity", "clientsPerRound"],
+    )?;
+    says(&["plan", &file, "--node", "n1=99", "--node", "n1=99"], 1, &["n1", "twice"])?;
+    says(&["plan", &file, "--node", "n1=0"], 1, &["n1", "capacity of 0", "at least 1"])?;
+    says(&["plan", &file, "--node", "n1=99,memory=20k"], 1, &["update of 4000 bytes", "n1", "20000", "memory"])?;
+    says(&["plan", &file, "--node", "n1"], 2, &["n1", "no capacity", "n1=20"])?;
+    says(&["plan", &file, "--policy", "tightfit"], 2, &["'tightfit'", "bestfit", "roundrobin"])?;
+    let nodes = other("nodes.yaml", "nodes:\n- {name: n7}\n")?;
+    says(&["plan", &file, "--nodes", &nodes], 1, &["n7", "no capacity"])?;
+    let nodes = other("nodes.yaml", "nodes:\n- {name: n7, capacity: 20, disk: 5}\n")?;
+    says(&["plan", &file, "--nodes", &nodes], 1, &["nodes.yaml", "disk", "line 2"])?;
+    says(&["plan", "/does/not/exist.yaml"], 1, &["/does/not/exist.yaml"])?;
+    let text = fs::read_to_string(&file)?;
+    let several = other("several.yaml", &format!("{text}---\n{}", text.replace("name: digits,", "name: letters,")))?;
+    says(&["plan", &several], 1, &["digits, letters", "--job"])?;
+    says(&["plan", &several, "--job", "words"], 1, &["words", "digits, letters"])?;
+    let (code, out, _) = run(&["plan", &several, "--job", "letters"])?;
+    ensure(code == 0 && out.starts_with("default/letters"), || out)?;
+    let broken = other("broken.yaml", &text.replace("clientsPerRound: 50", "clientsPerRound: 0"))?;
+    says(&["plan", &broken], 1, &["broken.yaml:1", "clientsPerRound", "0"])?;
+    fs::write(dir.path().join("digits.safetensors"), b"no model")?;
+    says(&["plan", &file], 1, &["digits.safetensors", "digits"])
 }

@@ -1,9 +1,14 @@
-//! The command line. Exit codes: 0 done, 1 failed, 2 usage.
+//! The command line. Exit codes: 0 done, 1 failed, 2 usage; 3 of `lifl plan --diff`: the plans differ.
 
 use std::{net::SocketAddr, path::PathBuf};
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
-use lifl_api::quantity::{Bytes, Span};
+use lifl_api::{
+    plan::Policy,
+    quantity::{Bytes, Span},
+};
+
+use crate::nodes::NodeSpec;
 
 /// Serverless aggregation of federated-learning updates: gateway, shared memory, eBPF, one machine or many.
 #[derive(Debug, Parser)]
@@ -38,6 +43,8 @@ pub enum Command {
     Up(UpArgs),
     /// Show the jobs of a running `lifl up` or `lifl demo`.
     Status(StatusArgs),
+    /// Show where a job's updates would be aggregated, and why; nothing is started.
+    Plan(PlanArgs),
     /// Print the CustomResourceDefinition of FederatedJob.
     Crd,
     /// Be a part of a Kubernetes node: what the pods of manifests/ run.
@@ -287,6 +294,48 @@ pub enum Output {
     /// A table for people.
     Table,
     /// The status document.
+    Json,
+}
+
+/// Arguments of `lifl plan`.
+#[derive(Clone, Debug, Args)]
+#[command(after_help = "Without --nodes and --node the one node is this machine, as `lifl up` uses it.\n\n\
+    Exit codes: 0 planned (with --diff: no difference), 1 the job cannot be planned or a file not be read, 2 usage, \
+    3 with --diff: the plans differ.")]
+pub struct PlanArgs {
+    /// File with a FederatedJob, as `lifl up` reads it.
+    pub file: PathBuf,
+    /// Which job, if the file has several.
+    #[arg(long, value_name = "NAME")]
+    pub job: Option<String>,
+    /// A node, and how many updates it aggregates at once before each takes longer; once for each node. What more is known of it stands
+    /// behind: n1=20,memory=8Gi,bandwidth=125M,cores=64,arrivals=10,execution=250ms (bytes a second of its link; updates a second
+    /// that it has already, and the time of each).
+    #[arg(long, value_name = "NAME=CAPACITY[,..]")]
+    pub node: Vec<NodeSpec>,
+    /// YAML file of nodes: a list `nodes` of {name, capacity, memory, bandwidth, cores, arrivals, execution}.
+    #[arg(long, value_name = "FILE")]
+    pub nodes: Option<PathBuf>,
+    /// Which of the nodes that have room takes a client: bestfit (LIFL's: fewest nodes), worstfit (Knative's least connections),
+    /// firstfit, roundrobin.
+    #[arg(long, default_value_t = Policy::BestFit)]
+    pub policy: Policy,
+    /// `json` or `yaml` for programs, and to compare with later.
+    #[arg(short, long, value_enum, default_value_t = PlanOutput::Table)]
+    pub output: PlanOutput,
+    /// Print what has changed since this plan (written with -o json or -o yaml) instead.
+    #[arg(long, value_name = "OLD")]
+    pub diff: Option<PathBuf>,
+}
+
+/// How `lifl plan` answers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum PlanOutput {
+    /// A table for people; with --diff a line for each node that differs.
+    Table,
+    /// The plan, or its differences, as YAML.
+    Yaml,
+    /// As JSON.
     Json,
 }
 

@@ -97,26 +97,14 @@ struct Metadata {
 /// # Errors
 /// Every fault of every file, with its line.
 pub fn read(dir: &Path, ingress: bool) -> Result<Vec<JobFile>, FolderError> {
-    let io = |path: &Path| {
-        let path = path.to_owned();
-        move |source| ManifestFault::Io { path, source }
-    };
-    let entries = fs::read_dir(dir).map_err(|e| FolderError(vec![io(dir)(e)]))?;
+    let unread = |source| FolderError(vec![ManifestFault::Io { path: dir.to_owned(), source }]);
+    let entries = fs::read_dir(dir).map_err(unread)?;
     let mut files: Vec<PathBuf> = entries.flatten().map(|entry| entry.path()).collect();
     files.retain(|path| path.extension().is_some_and(|end| end == "yaml" || end == "yml"));
     files.sort();
     let (mut jobs, mut secrets, mut faults) = (Vec::new(), BTreeMap::new(), Vec::new());
     for path in files {
-        match fs::read_to_string(&path).map_err(io(&path)) {
-            Ok(text) => {
-                for (line, document) in documents(&text) {
-                    if let Err(fault) = take(&path, line, &document, ingress, &mut jobs, &mut secrets) {
-                        faults.push(fault);
-                    }
-                }
-            }
-            Err(fault) => faults.push(fault),
-        }
+        faults.extend(take_file(&path, ingress, &mut jobs, &mut secrets));
     }
     for file in &mut jobs {
         let file: &mut JobFile = file;
@@ -134,6 +122,29 @@ pub fn read(dir: &Path, ingress: bool) -> Result<Vec<JobFile>, FolderError> {
         }
     }
     if faults.is_empty() { Ok(jobs) } else { Err(FolderError(faults)) }
+}
+
+/// Reads the jobs of one file. What else is in it is for `lifl up`: the Secrets that they name are not asked for.
+///
+/// # Errors
+/// Every fault of the file, with its line.
+pub fn read_file(path: &Path) -> Result<Vec<FederatedJob>, FolderError> {
+    let mut jobs = Vec::new();
+    let faults = take_file(path, true, &mut jobs, &mut BTreeMap::new());
+    if faults.is_empty() { Ok(jobs.into_iter().map(|file| file.job).collect()) } else { Err(FolderError(faults)) }
+}
+
+/// Values of Secrets by namespace, name and key.
+type Secrets = BTreeMap<(String, String, String), String>;
+
+/// Takes what a file holds; tells what is wrong with it.
+fn take_file(path: &Path, ingress: bool, jobs: &mut Vec<JobFile>, secrets: &mut Secrets) -> Vec<ManifestFault> {
+    let text = match fs::read_to_string(path) {
+        Ok(text) => text,
+        Err(source) => return vec![ManifestFault::Io { path: path.to_owned(), source }],
+    };
+    let documents = documents(&text).into_iter();
+    documents.filter_map(|(line, document)| take(path, line, &document, ingress, jobs, secrets).err()).collect()
 }
 
 /// The documents of a file with the line each begins at, padded so that the parser's own line numbers are the file's.
@@ -158,7 +169,7 @@ fn take(
     document: &str,
     ingress: bool,
     jobs: &mut Vec<JobFile>,
-    secrets: &mut BTreeMap<(String, String, String), String>,
+    secrets: &mut Secrets,
 ) -> Result<(), ManifestFault> {
     let fault = |message: String| ManifestFault::Document { path: path.to_owned(), line, message };
     let head: Head = serde_yaml_ng::from_str(document).map_err(|e| fault(e.to_string()))?;

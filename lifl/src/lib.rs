@@ -1,4 +1,4 @@
-//! The one binary: `lifl up`, `lifl demo`, `lifl status` and every component.
+//! The one binary: `lifl up`, `lifl demo`, `lifl status`, `lifl plan` and every component.
 //!
 //! ```text
 //!  lifl up DIR ── folder ──> platform: supervisor (this process)
@@ -29,6 +29,8 @@ pub mod crd;
 pub mod demo;
 pub mod folder;
 pub mod node;
+pub mod nodes;
+pub mod plan;
 pub mod platform;
 mod secret;
 pub mod status;

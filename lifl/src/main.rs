@@ -5,7 +5,7 @@ use std::process::ExitCode;
 use clap::Parser as _;
 use lifl::{
     cli::{Cli, Command},
-    component, crd, demo, node, status, up, webhook,
+    component, crd, demo, node, plan, status, up, webhook,
 };
 use mimalloc::MiMalloc;
 
@@ -17,6 +17,7 @@ static ALLOCATOR: MiMalloc = MiMalloc;
 fn main() -> ExitCode {
     let cli = Cli::parse();
     let done = match cli.command {
+        Command::Plan(args) => return ended(plan::run(&args)),
         Command::Up(args) => up::run(&args, cli.log, &cli.log_level),
         Command::Demo(args) => demo::run(&args),
         Command::Status(args) => status::run(&args),
@@ -25,13 +26,14 @@ fn main() -> ExitCode {
         Command::Webhook(args) => webhook::run(&args, cli.log, &cli.log_level),
         Command::Component(component) => component::main_as(component, cli.log, &cli.log_level),
     };
-    match done {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            eprintln!("lifl: {}", told(&error));
-            ExitCode::FAILURE
-        }
-    }
+    ended(done.map(|()| ExitCode::SUCCESS))
+}
+
+fn ended(done: anyhow::Result<ExitCode>) -> ExitCode {
+    done.unwrap_or_else(|error| {
+        eprintln!("lifl: {}", told(&error));
+        ExitCode::FAILURE
+    })
 }
 
 /// The error and its causes, each said once: many errors have their cause in their own text.
