@@ -52,7 +52,7 @@ pub(crate) async fn peers(
 /// again and knows the other one only: a request that came in here would find no agent.
 pub(crate) fn superseded(gateway: &Arc<Gateway>) {
     tracing::info!("another gateway of this node serves the pods: what has come is answered");
-    gateway.pods.superseded();
+    gateway.pods.superseded(gateway.config.lame_duck());
     let gateway = Arc::clone(gateway);
     tokio::spawn(async move { lose_chains(&gateway).await }.boxed());
 }

@@ -168,21 +168,35 @@ async fn is_closed(stream: &mut tokio::net::TcpStream) {
 /// Two gateways each count a pod's requests for themselves: whoever keeps a connection to the old one is to go to the new one.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_gateway_that_is_superseded_sends_kept_connections_away_and_may_come_back() {
-    let (node, world) = (Node::start(json!({})).await, World::new().await);
+    // Long enough for a request to come after the word.
+    let config = json!({"ingress": {"lame_duck_ms": 2_000}});
+    let (node, world) = (Node::start(config).await, World::new().await);
     let at = world.at(PodPort::Serving);
     for turn in 0..2 {
         world.tell(&node).await;
-        let mut idle = kept(at, "/idle").await;
-        let answer = http::answer(&mut idle, "GET").await;
-        assert_eq!((answer.status, answer.header("connection")), (200, None), "{turn}");
+        let mut idle = [kept(at, "/idle").await, kept(at, "/idle").await];
+        for idle in &mut idle {
+            let answer = http::answer(idle, "GET").await;
+            assert_eq!((answer.status, answer.header("connection")), (200, None), "{turn}");
+        }
         let mut busy = kept(at, "/slow").await;
         harness::soon("the slow request", world.words.slow.acquire()).await.unwrap().forget();
         node.agent.channel.send(&FromAgent::Superseded, &[]).await.unwrap();
-        is_closed(&mut idle).await;
+        // What comes before the word and what comes after it is answered; with the first answer after it the client is told.
+        loop {
+            idle[0].write_all(&http::head("GET", "/late", &[], None)).await.unwrap();
+            let answer = http::answer(&mut idle[0], "GET").await;
+            assert_eq!(answer.status, 200, "{turn}");
+            if answer.header("connection") == Some("close") {
+                break;
+            }
+        }
         world.words.go.add_permits(1);
         let answer = http::answer(&mut busy, "GET").await;
         assert_eq!((answer.status, answer.header("connection")), (200, Some("close")), "{turn}");
         is_closed(&mut busy).await;
+        is_closed(&mut idle[0]).await;
+        is_closed(&mut idle[1]).await;
     }
     // Who has connected meanwhile waits for whoever accepts.
     let mut waiting = kept(at, "/waiting").await;

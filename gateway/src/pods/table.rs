@@ -23,6 +23,7 @@ use tokio::{
     net::TcpListener,
     sync::mpsc,
     task::{AbortHandle, JoinSet},
+    time::sleep,
 };
 
 use super::Sockets;
@@ -71,11 +72,11 @@ struct Served {
     listeners: Vec<Listening>,
     queue: Arc<Queue<Sockets>>,
     servers: Servers,
-    /// Closed when another gateway came; this one took over again, and they have requests under way still.
+    /// Left when another gateway came; this one took over again, and they have connections still.
     former: Vec<Servers>,
 }
 
-/// What is served at the ports of a pod. Once closed they stay so.
+/// What is served at the ports of a pod. Once told to drain they stay so.
 #[derive(Clone, Debug)]
 struct Servers {
     requests: Server<Queue<Sockets>>,
@@ -163,21 +164,34 @@ impl Pods {
     }
 
     /// Another gateway of this node serves the pods: what has come is answered, nothing more is accepted. The sockets are shared,
-    /// so they are let go, not shut down. Who keeps a connection is sent there, too: each gateway counts a pod's requests for
-    /// itself, so two of them would let in twice as many. Requests of this gateway's own ingress go there as to any pod elsewhere.
-    pub fn superseded(&self) {
-        let mut table = self.write();
-        self.shared.at.store(Arc::default());
-        for served in table.places.values_mut() {
-            served.listeners.clear();
-            served.servers.close();
-        }
+    /// so they are let go, not shut down. Who keeps a connection is sent there with its next answer, as each gateway counts a pod's
+    /// requests for itself and two of them would let in twice as many; a connection without a request for a `lame_duck` time is
+    /// closed then, for a request may be on its way now. Requests of this gateway's own ingress go there as to any pod elsewhere.
+    /// Needs a tokio runtime around it.
+    pub fn superseded(&self, lame_duck: Duration) {
+        let left: Vec<Servers> = {
+            let mut table = self.write();
+            self.shared.at.store(Arc::default());
+            let leave = |served: &mut Served| {
+                served.listeners.clear();
+                served.servers.begin_drain();
+                served.servers.clone()
+            };
+            table.places.values_mut().map(leave).collect()
+        };
+        tokio::spawn(
+            async move {
+                sleep(lame_duck).await;
+                left.iter().for_each(Servers::close);
+            }
+            .boxed(),
+        );
     }
 
     /// Clients are told to go elsewhere with their next answers; what connects is served still.
     pub fn begin_drain(&self) {
         for served in self.read().places.values() {
-            served.servers.requests.begin_drain();
+            served.servers.begin_drain();
         }
     }
 
@@ -381,7 +395,7 @@ impl Served {
         self.servers.requests.open().saturating_sub(listening)
     }
 
-    /// New servers in place of closed ones; the queue, and so what is counted, stays the same.
+    /// New servers in place of those that were left; the queue, and so what is counted, stays the same.
     fn open_again(&mut self, shared: &Shared) {
         let servers = Servers::new(&self.queue, shared.limits, self.servers.metrics.is_some());
         self.former.push(std::mem::replace(&mut self.servers, servers));
@@ -506,6 +520,13 @@ impl Servers {
             admin: Server::new(Arc::new(Admin(Arc::clone(queue))), side),
             metrics: metrics.then(|| Server::new(Arc::new(Metrics(Arc::clone(queue))), side)),
         }
+    }
+
+    fn begin_drain(&self) {
+        self.requests.begin_drain();
+        self.figures.begin_drain();
+        self.admin.begin_drain();
+        self.metrics.iter().for_each(Server::begin_drain);
     }
 
     fn close(&self) {

@@ -5,7 +5,6 @@ use std::{io::ErrorKind, net::TcpStream};
 use lifl_api::pod::PodSettings;
 use lifl_proxy::queue::QUIET;
 use rustix::fs::{MemfdFlags, OFlags, fcntl_setfl, memfd_create};
-use tokio::time::sleep;
 
 use super::*;
 
@@ -57,7 +56,7 @@ async fn a_drained_pod_refuses_connections_and_its_hook_is_answered_still() {
 #[tokio::test(start_paused = true)]
 async fn a_superseded_gateway_does_not_end_what_another_one_serves() {
     let (pods, [serving, _]) = ending();
-    pods.superseded();
+    pods.superseded(Duration::ZERO);
     sleep(QUIET * 2).await;
     connect(&serving).unwrap();
     // What it takes over again it is responsible for.
