@@ -4,20 +4,16 @@ use std::time::Duration;
 
 use lifl_api::{
     job::{FederatedJob, Timing},
-    plan::{NodeShare, Plan, Policy, SCHEMA, Why},
+    plan::{
+        ACCUMULATORS, GATEWAY_MODELS, LEAST_SLOTS, LEAVES_PER_CORE, NodeShare, Plan, Policy, SCHEMA, TOP_MODELS, Why,
+    },
     quantity::Bytes,
 };
 
 use crate::{Demand, Dimension, Load, NoRoom, Room, Shape, place, top};
 
-/// Leaves per processor, at most: an idle leaf costs two accumulators, a busy one a processor.
-const LEAVES_PER_CORE: u32 = 4;
-/// Accumulators of an aggregator: two take turns.
-const ACCUMULATORS: u64 = 2;
-/// Updates for which a node has memory, at least: one is folded while the next one comes in.
-const LEAST_SLOTS: u64 = 2;
-/// Models that a node holds besides: the one served, the one being made, the one that differences are added to.
-const MODELS: u64 = 3;
+/// Models that a node holds besides.
+const MODELS: u64 = TOP_MODELS + GATEWAY_MODELS;
 
 /// A node as it is before the job.
 #[derive(Clone, Debug, PartialEq)]

@@ -13,19 +13,10 @@ use lifl_api::{
     job::{FederatedJobSpec, Timing},
     manifest::{Manifest, float},
     node::{RoleConfig, Tree},
+    plan::{ACCUMULATORS, GATEWAY_MODELS, LEAST_SLOTS, LEAVES_PER_CORE, TOP_MODELS},
 };
 use lifl_ebpf_common::role;
 
-/// Leaves per processor, at most: an idle leaf costs two accumulators, a busy one a processor.
-const LEAVES_PER_CORE: u32 = 4;
-/// Accumulators of a member: two take turns.
-const ACCUMULATORS: u64 = 2;
-/// Models of the top: the one served and the one being made.
-const TOP_MODELS: u64 = 2;
-/// Model-sized slots of the gateway: the base that differences are added to.
-const GATEWAY_MODELS: u64 = 1;
-/// Update slots below which clients would only wait for each other.
-const MIN_SLOTS: u64 = 2;
 /// Inputs folded before an eager member seals its partial: bounds what a successor repeats.
 const EAGER_BATCH: u32 = 8;
 /// Header of an object.
@@ -141,8 +132,8 @@ pub fn plan(spec: &FederatedJobSpec, shape: &Shape, cores: u32, quota: u64) -> R
     }
     let slot = shape.slot(spec);
     let slots = match spec.aggregation.timing {
-        Timing::Eager => MIN_SLOTS,
-        Timing::Lazy => u64::from(spec.clients_per_round).max(MIN_SLOTS),
+        Timing::Eager => LEAST_SLOTS,
+        Timing::Lazy => u64::from(spec.clients_per_round).max(LEAST_SLOTS),
     };
     let accumulator = object(shape.elements * if scale.is_some() { 8 } else { 4 });
     let model = object(shape.file_bytes);
@@ -245,7 +236,7 @@ mod tests {
         let alone = plan(&spec, &MODEL, 8, 30 << 20).unwrap();
         assert!(alone.tree.leaves.is_empty());
         for p in [full, some, alone] {
-            assert!(p.slot_bytes >= MIN_SLOTS * MODEL.slot(&spec) + object(MODEL.file_bytes));
+            assert!(p.slot_bytes >= LEAST_SLOTS * MODEL.slot(&spec) + object(MODEL.file_bytes));
         }
     }
 

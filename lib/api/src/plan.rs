@@ -16,6 +16,17 @@ pub use diff::{Change, PlanDiff};
 
 /// `schema` of a [`Plan`].
 pub const SCHEMA: &str = "lifl.dev/plan/v1";
+/// Leaves per processor, at most: an idle leaf costs two accumulators, a busy one a processor.
+pub const LEAVES_PER_CORE: u32 = 4;
+/// Accumulators of an aggregator: two take turns.
+pub const ACCUMULATORS: u64 = 2;
+/// Updates for which a node has memory, at least: one is folded while the next one comes in, else clients would only wait for
+/// each other.
+pub const LEAST_SLOTS: u64 = 2;
+/// Models of the top: the one served and the one being made.
+pub const TOP_MODELS: u64 = 2;
+/// Model-sized slots of a gateway: the base that differences are added to.
+pub const GATEWAY_MODELS: u64 = 1;
 
 /// Which of the nodes that have room takes a client's update (paper, 5.1).
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
