@@ -5,6 +5,7 @@
 //! `LIFL_KILL_SECONDS=600 LIFL_KILL_EVERY=30 LIFL_KILL_RPS=500 LIFL_IMAGE=.../image/lifl`.
 
 use std::{
+    collections::BTreeMap,
     sync::{
         Arc,
         atomic::{AtomicBool, Ordering},
@@ -107,9 +108,8 @@ fn kills_cost_what_was_in_flight() -> Outcome {
     let without_cause: Vec<&Sent> = record.unanswered().filter(|sent| !in_flight(sent)).collect();
     ensure(without_cause.is_empty(), || {
         let of = without_cause.len();
-        let faults: Vec<_> =
-            without_cause.iter().take(5).map(|sent| (sent.road, &sent.fault, after(sent, &kills))).collect();
-        format!("{of} were not in flight when a gateway died: {faults:?}")
+        let steps = kills.iter().map(|kill| (kill.victim, kill.at)).collect::<Vec<_>>();
+        format!("{of} were not in flight when a gateway died:\n{}", by_second(&without_cause, &steps))
     })?;
     let unheard: Vec<_> = kills
         .iter()
@@ -125,12 +125,6 @@ fn kills_cost_what_was_in_flight() -> Outcome {
         format!("no new connection was answered between a kill and the next one: {unheard:?}")
     })?;
     ensure(every < LONG_RUN || record.answered() >= ANSWERED, || format!("{:.5} answered", record.answered()))
-}
-
-/// Which kill a request came after, and how long.
-fn after(sent: &Sent, kills: &[Kill]) -> Option<(&'static str, Duration)> {
-    let kill = kills.iter().rev().find(|kill| kill.at <= sent.began)?;
-    Some((kill.victim, sent.began - kill.at))
 }
 
 /// SIGKILL to the component itself; its parent starts it again.
@@ -177,19 +171,48 @@ fn rollouts_cost_nothing() -> Outcome {
     let cluster = platform()?;
     let plan = plan("rollouts", &cluster, Duration::ZERO)?;
     let old = pods_of(&cluster, "gateway")?;
-    let (record, ()) = under_load(&plan, || {
+    let (record, steps) = under_load(&plan, || {
+        let mut steps = vec![("before", Instant::now())];
         for component in ["gateway", "agent"] {
+            steps.push((component, Instant::now()));
             cluster.kubectl(&format!("-n lifl-system rollout restart daemonset/{component}"))?;
             rolled_out(&cluster, "daemonset", component)?;
         }
+        steps.push(("after", Instant::now()));
         // The old gateways go on for their lame-duck time, the new agents take over what there is.
         until("the old gateways' end", || old.iter().all(|pod| processes(pod, &["gateway"]).is_empty()).then_some(()))?;
         thread::sleep(AFTERWARDS);
-        Ok(())
+        Ok(steps)
     })?;
     let counted = counts(&plan)?;
     tell(&record, &[]);
     ensure(counted["twice"] == serde_json::json!([]), || format!("sent on more than once: {counted}"))?;
     let lost: Vec<_> = record.unanswered().collect();
-    ensure(lost.is_empty(), || format!("{} lost: {:?}", lost.len(), &lost[..lost.len().min(5)]))
+    ensure(lost.is_empty(), || format!("{} lost:\n{}", lost.len(), by_second(&lost, &steps)))
+}
+
+/// What was lost in which tenth of a second after which step; how late the load was then, and how long it took.
+fn by_second(lost: &[&Sent], steps: &[(&'static str, Instant)]) -> String {
+    let mut lines: BTreeMap<_, Lost> = BTreeMap::new();
+    for sent in lost {
+        let Some(step) = steps.iter().rev().find(|(_, at)| *at <= sent.began).or(steps.first()) else { continue };
+        let tenth = sent.began.saturating_duration_since(step.1).as_millis() / 100;
+        let fault = sent.fault.as_deref().unwrap_or_default().trim_end();
+        let line = lines.entry((step.1, tenth, format!("{:?}", sent.road), fault)).or_default();
+        let (late, took) = (sent.late.max(line.late), (sent.ended - sent.began).max(line.took));
+        *line = Lost { step: step.0, count: line.count + 1, late, took };
+    }
+    let told = lines.iter().map(|((_, tenth, road, fault), Lost { step, count, late, took })| {
+        format!("{step} +{tenth}00 ms: {count} {road}, late by {late:?}, within {took:?}: {fault}")
+    });
+    told.collect::<Vec<_>>().join("\n")
+}
+
+/// Requests of one kind that were lost at once.
+#[derive(Debug, Default)]
+struct Lost {
+    step: &'static str,
+    count: u32,
+    late: Duration,
+    took: Duration,
 }

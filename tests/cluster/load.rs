@@ -20,13 +20,16 @@ use hyper_util::rt::TokioIo;
 use tokio::{
     net::TcpStream,
     task::JoinSet,
-    time::{MissedTickBehavior, interval, timeout},
+    time::{sleep_until, timeout},
 };
 
 use crate::harness::Outcome;
 
 /// Nobody waits longer for an answer of 20 ms.
 const LATE: Duration = Duration::from_secs(20);
+/// What the load has not sent in time it sends all the same, as long as it is not later than this: a machine that stood still is no
+/// crowd that fills the function's queue at once.
+const CAUGHT_UP: Duration = Duration::from_millis(100);
 /// Of so many requests one is a POST, and half of the others come on a connection of their own.
 const POST_EACH: u64 = 10;
 /// Streams in flight all the time.
@@ -55,6 +58,8 @@ pub(crate) struct Sent {
     /// When its connection was asked for: for a kept one that was earlier.
     pub(crate) connected: Instant,
     pub(crate) began: Instant,
+    /// So much later than it was to begin: the machine, or the load, stood still.
+    pub(crate) late: Duration,
     pub(crate) ended: Instant,
     /// `None`: answered.
     pub(crate) fault: Option<String>,
@@ -104,14 +109,15 @@ pub(crate) async fn run(
     }
     let begin = Instant::now();
     let next = AtomicU64::new(0);
-    let mut ticks = interval(Duration::from_secs(1) / plan.per_second);
-    ticks.set_missed_tick_behavior(MissedTickBehavior::Burst);
+    let mut due = tokio::time::Instant::now();
     let (mut sending, mut record) = (JoinSet::new(), Record::default());
     started.send(()).map_err(|()| "nobody waits for the load")?;
     while begin.elapsed() < plan.lasts || !ended.load(Ordering::Relaxed) {
-        ticks.tick().await;
+        sleep_until(due).await;
+        let wanted = due.into_std();
+        due = due.max(tokio::time::Instant::now() - CAUGHT_UP) + Duration::from_secs(1) / plan.per_second;
         let number = next.fetch_add(1, Ordering::Relaxed);
-        sending.spawn(one(plan.clone(), number, idle.clone()));
+        sending.spawn(one(plan.clone(), number, wanted, idle.clone()));
         while let Some(sent) = sending.try_join_next() {
             record.sent.push(sent?);
         }
@@ -125,7 +131,7 @@ pub(crate) async fn run(
     Ok(record)
 }
 
-async fn one(plan: Plan, number: u64, idle: Idle) -> Sent {
+async fn one(plan: Plan, number: u64, wanted: Instant, idle: Idle) -> Sent {
     let road = match number % POST_EACH {
         0 => Road::Post,
         other if other % 2 == 0 => Road::Kept,
@@ -138,7 +144,7 @@ async fn one(plan: Plan, number: u64, idle: Idle) -> Sent {
         Ok(Err(why)) => Some(why.message().unwrap_or_default().to_owned()),
         Err(_late) => Some(format!("no answer in {LATE:?}")),
     };
-    Sent { road, connected, began, ended: Instant::now(), fault }
+    Sent { road, connected, began, late: began.saturating_duration_since(wanted), ended: Instant::now(), fault }
 }
 
 /// A connection that waits, unless the other end has closed it meanwhile.
@@ -174,6 +180,9 @@ async fn exchange(plan: &Plan, road: Road, number: u64, kept: Option<Connection>
 async fn connect(to: SocketAddr) -> Outcome<SendRequest<Empty<Bytes>>> {
     let stream = TcpStream::connect(to).await.map_err(|error| format!("no connection: {error}"))?;
     stream.set_nodelay(true)?;
+    // 300 of these a second that waited out their minute would fill the ports: each connect(2) would search for a free one, and
+    // the load would be the bottleneck.
+    stream.set_zero_linger()?;
     let (sender, connection) = handshake(TokioIo::new(stream)).await?;
     tokio::spawn(connection);
     Ok(sender)
