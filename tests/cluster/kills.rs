@@ -109,7 +109,7 @@ fn kills_cost_what_was_in_flight() -> Outcome {
     ensure(without_cause.is_empty(), || {
         let of = without_cause.len();
         let steps = kills.iter().map(|kill| (kill.victim, kill.at)).collect::<Vec<_>>();
-        format!("{of} were not in flight when a gateway died:\n{}", by_second(&without_cause, &steps))
+        format!("{of} were not in flight when a gateway died:\n{}", when_lost(&without_cause, &steps))
     })?;
     let unheard: Vec<_> = kills
         .iter()
@@ -188,11 +188,11 @@ fn rollouts_cost_nothing() -> Outcome {
     tell(&record, &[]);
     ensure(counted["twice"] == serde_json::json!([]), || format!("sent on more than once: {counted}"))?;
     let lost: Vec<_> = record.unanswered().collect();
-    ensure(lost.is_empty(), || format!("{} lost:\n{}", lost.len(), by_second(&lost, &steps)))
+    ensure(lost.is_empty(), || format!("{} lost:\n{}", lost.len(), when_lost(&lost, &steps)))
 }
 
-/// What was lost in which tenth of a second after which step; how late the load was then, and how long it took.
-fn by_second(lost: &[&Sent], steps: &[(&'static str, Instant)]) -> String {
+/// Losses by tenths of a second after the step before them; how late the load was then, and how long they took.
+fn when_lost(lost: &[&Sent], steps: &[(&'static str, Instant)]) -> String {
     let mut lines: BTreeMap<_, Lost> = BTreeMap::new();
     for sent in lost {
         let Some(step) = steps.iter().rev().find(|(_, at)| *at <= sent.began).or(steps.first()) else { continue };

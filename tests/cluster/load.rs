@@ -27,9 +27,9 @@ use crate::harness::Outcome;
 
 /// Nobody waits longer for an answer of 20 ms.
 const LATE: Duration = Duration::from_secs(20);
-/// What the load has not sent in time it sends all the same, as long as it is not later than this: a machine that stood still is no
-/// crowd that fills the function's queue at once.
-const CAUGHT_UP: Duration = Duration::from_millis(100);
+/// What is due and was not sent is made up for so far back, and what was due before is not sent at all: all that a machine misses
+/// while it stands still would fill the function's queue at once. The number sent shows how much that is.
+const MADE_UP: Duration = Duration::from_millis(100);
 /// Of so many requests one is a POST, and half of the others come on a connection of their own.
 const POST_EACH: u64 = 10;
 /// Streams in flight all the time.
@@ -115,7 +115,7 @@ pub(crate) async fn run(
     while begin.elapsed() < plan.lasts || !ended.load(Ordering::Relaxed) {
         sleep_until(due).await;
         let wanted = due.into_std();
-        due = due.max(tokio::time::Instant::now() - CAUGHT_UP) + Duration::from_secs(1) / plan.per_second;
+        due = due.max(tokio::time::Instant::now() - MADE_UP) + Duration::from_secs(1) / plan.per_second;
         let number = next.fetch_add(1, Ordering::Relaxed);
         sending.spawn(one(plan.clone(), number, wanted, idle.clone()));
         while let Some(sent) = sending.try_join_next() {
